@@ -1,0 +1,348 @@
+"""Softmax-scaled attention: O = dropout(softmax(scale Q K^T + mask)) V.
+
+Vaswani et al., "Attention Is All You Need" (2017), eq. 1. Computed block by block with an online
+softmax (Milakov & Gimelshein 2018; Dao, "FlashAttention-2", 2023), so that memory is linear in
+the sequence length on every backend except ``reference``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedformer.kernels import dispatch, rng
+from fusedformer.kernels.checks import autocast, check_dropout_p, check_floating, check_tensor, shape
+
+MAX_HEAD_DIM = 256
+
+
+# --- Registered ops -------------------------------------------------------------------------------
+
+_ARGS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_lengths, Tensor? seed, "
+    "SymInt? diagonal, float scale, float dropout_p, SymInt[] offsets"
+)
+
+
+def _new_bhnd(like: Tensor) -> Tensor:
+    """An empty tensor of a (B, H, N, D) tensor's shape, in (B, N, H, D) memory order."""
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _check_lengths(key_lengths: "Tensor | None", limit: int) -> None:
+    # On a GPU, reading values back would synchronise; the kernels clamp them instead.
+    if key_lengths is None or key_lengths.device.type != "cpu" or key_lengths.numel() == 0:
+        return
+    low, high = (int(bound) for bound in key_lengths.aminmax())
+    if low < 0 or high > limit:
+        raise ValueError(
+            f"attention: key_lengths must be between 0 and the number of keys, {limit}; "
+            f"got values from {low} to {high}"
+        )
+
+
+def _fwd(query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets, backend):
+    _check_lengths(key_lengths, key.shape[2])
+    if query.numel() == 0 or key.shape[2] == 0:  # nothing to attend to
+        out = _new_bhnd(query).zero_()
+        return out, query.new_full(query.shape[:3], -math.inf, dtype=_lse_dtype(query))
+    if dropout_p == 1:  # all is dropped; only the LSE is left to compute
+        seed, dropout_p = None, 0.0
+        args = (query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets)
+        out, lse = dispatch.pick("attention", backend, args).attention_fwd(*args)
+        return out.zero_(), lse
+    args = (query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets)
+    return dispatch.pick("attention", backend, args).attention_fwd(*args)
+
+
+def _fwd_fake(query, key, value, *args):
+    return _new_bhnd(query), query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
+
+
+def _bwd(
+    grad_out, grad_lse, out, lse,
+    query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets,
+    mask_grad, backend,
+):  # fmt: skip
+    if query.numel() == 0 or key.shape[2] == 0:
+        grads = [_new_bhnd(tensor).zero_() for tensor in (query, key, value)]
+        return (*grads, mask.new_zeros(mask.shape) if mask_grad else query.new_empty(0))
+    if dropout_p == 1:
+        grad_out, seed, dropout_p = torch.zeros_like(grad_out), None, 0.0
+    args = (query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets)
+    module = dispatch.pick("attention", backend, args)
+    *grads, grad_mask = module.attention_bwd(grad_out, grad_lse, out, lse, *args, mask_grad)
+    return (*grads, query.new_empty(0) if grad_mask is None else grad_mask)
+
+
+def _bwd_fake(grad_out, grad_lse, out, lse, query, key, value, mask, *args):
+    mask_grad = args[-2]
+    grads = [_new_bhnd(tensor) for tensor in (query, key, value)]
+    return (*grads, mask.new_empty(mask.shape) if mask_grad else query.new_empty(0))
+
+
+dispatch.define(
+    "attention",
+    "attention",
+    f"attention_fwd({_ARGS}, str backend) -> (Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+)
+dispatch.define(
+    "attention",
+    "attention",
+    f"attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_ARGS}, "
+    "bool mask_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return torch.ops.fusedformer.attention_fwd.default(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, mask, key_lengths, seed, *ctx.options = inputs
+        ctx.save_for_backward(query, key, value, mask, key_lengths, seed, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        *args, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            if grad_lse is None:
+                return (None,) * 11
+            grad_out = out.new_zeros(()).expand(out.shape)
+        *options, backend = ctx.options
+        mask_grad = ctx.needs_input_grad[3]
+        *grads, grad_mask = torch.ops.fusedformer.attention_bwd.default(
+            grad_out, grad_lse, out, lse, *args, *options, mask_grad, backend
+        )
+        return (*grads, grad_mask if mask_grad else None, *(None,) * 7)
+
+
+# --- Public functions -----------------------------------------------------------------------------
+
+
+def _check_attention(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    for label, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, label, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: {label} must be (B, H, N, D); got {shape(tensor)}")
+        check_tensor(name, label, tensor, like=query, like_label="query")
+    batch, heads, _, dim = query.shape
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: head dimension must be 1 to {MAX_HEAD_DIM}; query has {dim}")
+    for label, tensor in (("key", key), ("value", value)):
+        if tensor.shape[0] != batch or tensor.shape[3] != dim:
+            raise ValueError(
+                f"{name}: {label} must have the batch size {batch} and the head dimension {dim} "
+                f"of query; got {shape(tensor)}"
+            )
+    if value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"{name}: value must have the heads and the length of key, {shape(key)}; "
+            f"got {shape(value)}"
+        )
+    if heads and (key.shape[1] == 0 or heads % key.shape[1]):
+        raise ValueError(
+            f"{name}: the heads of query ({heads}) must be a multiple of those of key and value; "
+            f"got {key.shape[1]}"
+        )
+
+
+def _checked_mask(name: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask as a 4-d view whose sizes are 1 where it broadcasts."""
+    check_tensor(name, "mask", mask, like=query, like_label="query", same_dtype=False)
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"{name}: mask must be bool or floating point; got {mask.dtype}")
+    if mask.dtype == torch.float64 and query.dtype != torch.float64:
+        raise TypeError(f"{name}: a float64 mask needs a float64 query; got {query.dtype}")
+    wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if mask.dim() > 4 or any(
+        size not in (1, full) for size, full in zip(mask.shape[::-1], wanted[::-1], strict=False)
+    ):
+        raise ValueError(f"{name}: mask must broadcast to {wanted} (B, H, Nq, Nk); got {shape(mask)}")
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def _checked_lengths(name: str, key_lengths: Tensor, query: Tensor) -> Tensor:
+    check_tensor(name, "key_lengths", key_lengths, like=query, like_label="query", same_dtype=False)
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: key_lengths must be int32 or int64; got {key_lengths.dtype}")
+    if tuple(key_lengths.shape) != (query.shape[0],):
+        raise ValueError(
+            f"{name}: key_lengths must be ({query.shape[0]},), one for each batch element; "
+            f"got {shape(key_lengths)}"
+        )
+    return key_lengths.to(torch.int32).contiguous()
+
+
+def _checked_offsets(name: str, offsets: "tuple[int, int, int, int]") -> list[int]:
+    if len(offsets) != 4:
+        raise ValueError(
+            f"{name}: offsets must be four ints (batch, head, query, key); got {offsets!r}"
+        )
+    if any(offset < 0 for offset in offsets) or offsets[2] % 16 or offsets[3] % 16:
+        raise ValueError(
+            f"{name}: offsets must not be negative, and those of query and key must be multiples "
+            f"of 16; got {tuple(offsets)}"
+        )
+    return list(offsets)
+
+
+def _attention(
+    name, query, key, value, mask, key_lengths, diagonal, scale, dropout_p, seed, offsets, backend
+):  # fmt: skip
+    """Checks what every public function shares, then runs; returns (O, LSE)."""
+    query, key, value = autocast(name, query, key, value)
+    _check_attention(name, query, key, value)
+    check_dropout_p(name, dropout_p)
+    if mask is not None:
+        mask = _checked_mask(name, mask, query, key)
+    if key_lengths is not None:
+        key_lengths = _checked_lengths(name, key_lengths, query)
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    seed = rng.as_seed(name, seed, query.device) if dropout_p > 0 else None
+    return _Attention.apply(
+        query, key, value, mask, key_lengths, seed,
+        diagonal, scale, float(dropout_p), offsets, dispatch.checked(name, backend),
+    )  # fmt: skip
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: "Tensor | None" = None,
+    key_lengths: "Tensor | None" = None,
+    causal: bool = False,
+    scale: "float | None" = None,
+    dropout_p: float = 0.0,
+    seed: "int | Tensor | None" = None,
+    offsets: "tuple[int, int, int, int] | None" = None,
+    return_lse: bool = False,
+    backend: "str | None" = None,
+) -> "Tensor | tuple[Tensor, Tensor]":
+    """Multi-head softmax attention, dropout included, in memory linear in the lengths.
+
+    O = dropout(softmax(scale Q K^T + mask)) V (Vaswani et al. 2017, eq. 1), accumulated in float32.
+
+    Args:
+        query: (B, H, Nq, D), float32, float16 or bfloat16 (float64 on the reference backend only);
+            any strides. D from 1 to 256.
+        key, value: (B, Hkv, Nk, D), dtype of query; H is a multiple of Hkv (grouped-query
+            attention: query head h reads key head h // (H / Hkv)).
+        mask: broadcastable to (B, H, Nq, Nk); bool (True = attend) or additive. An additive value
+            <= -1e30 counts as not attending. An additive mask that requires a gradient gets it.
+        key_lengths: (B,) int32 or int64; keys at and past a length are hidden, and may hold NaN.
+        causal: query i sees keys j <= i + Nk - Nq (the last query sees the last key); with
+            offsets, those whose global position is not after its own.
+        scale: factor of the scores; 1 / sqrt(D) by default.
+        dropout_p: probability, in [0, 1], that a probability is dropped after the softmax; those
+            kept are scaled by 1 / (1 - p). Always applied: pass 0 at inference.
+        seed: of the dropout mask; drawn from torch's generator when None.
+        offsets: where (batch, head, query, key) start in the whole problem, so that a part of it
+            drops exactly what the whole would; those of query and key multiples of 16.
+        return_lse: also return log sum_j exp(S_ij), differentiable.
+        backend: "reference", "triton"; None chooses. One that is named runs or raises.
+
+    Returns:
+        O (B, H, Nq, D) of query's dtype, a view of (B, Nq, H, D) memory; with return_lse also LSE
+        (B, H, Nq) float32. A row with nothing to attend to gives O = 0 and LSE = -inf.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
+        RuntimeError: the backend named cannot run this call; the message says why.
+    """
+    diagonal = None
+    if offsets is not None:
+        offsets = _checked_offsets("attention", offsets)
+    if causal:
+        diagonal = offsets[2] - offsets[3] if offsets else key.shape[-2] - query.shape[-2]
+    out, lse = _attention(
+        "attention", query, key, value, mask, key_lengths, diagonal, scale, dropout_p, seed,
+        offsets or [0, 0, 0, 0], backend,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: "Tensor | None" = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: "float | None" = None,
+    enable_gqa: bool = False,
+    *,
+    backend: "str | None" = None,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` on our kernels; see attention().
+
+    The arguments, their order and the causal rule are torch's: query i sees keys j <= i (top-left
+    aligned). Leading dimensions may be any number; value may have another head dimension.
+
+    Args:
+        query: (..., H, Nq, D). key: (..., Hkv, Nk, D). value: (..., Hkv, Nk, Dv).
+        attn_mask: broadcastable to (..., H, Nq, Nk), bool (True = attend) or additive.
+
+    Returns:
+        (..., H, Nq, Dv).
+
+    Raises:
+        ValueError, TypeError: as attention(); also attn_mask together with is_causal, or unlike
+            head counts without enable_gqa.
+    """
+    name = "scaled_dot_product_attention"
+    if attn_mask is not None and is_causal:
+        raise ValueError(f"{name}: attn_mask must be None when is_causal is set")
+    for label, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, label, tensor)
+        if tensor.dim() < 2 or tensor.dim() != query.dim():
+            raise ValueError(
+                f"{name}: query, key and value must have the same number of dimensions, 2 or more; "
+                f"{label} is {shape(tensor)}"
+            )
+    if query.dim() > 2 and key.shape[-3] != query.shape[-3] and not enable_gqa:
+        raise ValueError(
+            f"{name}: key must have the {query.shape[-3]} heads of query unless enable_gqa is set; "
+            f"got {key.shape[-3]}"
+        )
+    lead = query.shape[:-2]
+    dim, value_dim = query.shape[-1], value.shape[-1]
+    scale = dim**-0.5 if scale is None else scale
+    if attn_mask is not None and query.dim() > 4 and attn_mask.dim() > 3:
+        # Leading dimensions are flattened into one, which the mask must then fill.
+        attn_mask = attn_mask.expand(*lead[:-1], *attn_mask.shape[-3:]).flatten(0, -4)
+    query, key, value = (_as_4d(tensor) for tensor in (query, key, value))
+    if value_dim != dim:
+        # Zero columns change neither the scores nor, cut off again, the output.
+        wide = max(dim, value_dim)
+        query, key, value = (
+            torch.nn.functional.pad(t, (0, wide - t.shape[-1])) for t in (query, key, value)
+        )
+    out, _ = _attention(
+        name, query, key, value, attn_mask, None, 0 if is_causal else None, scale, dropout_p, None,
+        [0, 0, 0, 0], backend,
+    )  # fmt: skip
+    return out[..., :value_dim].reshape(*lead, *out.shape[-2:-1], value_dim)
+
+
+def _as_4d(tensor: Tensor) -> Tensor:
+    """(..., H, N, D) as (B, H, N, D)."""
+    if tensor.dim() > 4:
+        return tensor.flatten(0, -4)
+    return tensor[(None,) * (4 - tensor.dim())]

@@ -1,0 +1,67 @@
+"""Argument checks that every op shares; each error names the op, the argument, got and wanted."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def shape(tensor: Tensor) -> str:
+    """The shape as errors print it."""
+    return str(tuple(tensor.shape))
+
+
+def check_floating(op: str, name: str, tensor: object) -> None:
+    """Raises TypeError unless it is a tensor of one of DTYPES."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float16, bfloat16 or float64; got {tensor.dtype}"
+        )
+
+
+def check_tensor(
+    op: str, name: str, tensor: object, *, like: Tensor, like_label: str, same_dtype: bool = True
+) -> None:
+    """Raises unless it is a tensor on the device (and, if asked, of the dtype) of another.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
+    if same_dtype and tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of {like_label}, {like.dtype}; got {tensor.dtype}"
+        )
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {like_label}, {like.device}; "
+            f"got {tensor.device}"
+        )
+
+
+def check_dropout_p(op: str, p: object) -> None:
+    """Raises unless p is a number in [0, 1].
+
+    Raises:
+        TypeError: not a number.
+        ValueError: below 0, above 1 or NaN.
+    """
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{op}: dropout_p must be a number from 0 to 1; got {p!r}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: dropout_p must be from 0 to 1; got {p}")
+
+
+def autocast(op: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on, as torch's matmul-like ops do."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+    )

@@ -1,0 +1,141 @@
+"""Which backend runs an op: names, order of preference, reasons. Knows no maths.
+
+A backend of an op is a module with ``<op>_fwd``, ``<op>_bwd``, ``<op>_unsupported`` (a reason why
+it cannot take a call, or None) and ``unsupported_device`` (the same for a device). Named
+explicitly, a backend runs or raises; only the automatic choice falls through the order.
+"""
+
+import contextlib
+import importlib
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# Where each backend keeps an op: "{file}" is the op's file name, the same in every folder.
+BACKENDS = {
+    "reference": "fusedformer.kernels.reference",
+    "triton": "fusedformer.kernels.triton.{file}",
+}
+
+# op -> its file name. Filled by each op's own file, through define().
+OPS: dict[str, str] = {}
+
+# What the automatic choice tries on a device type, best first; any other device: reference.
+PREFERENCE = {
+    "cuda": ("triton", "reference"),
+    "cpu": ("reference",),
+}
+
+AUTOMATIC = ""
+
+_default = AUTOMATIC
+_modules: dict[tuple[str, str], ModuleType | None] = {}
+_failures: dict[tuple[str, str], str] = {}
+_warned: set[str] = set()
+_library = torch.library.Library("fusedformer", "DEF")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, calls that name no backend use this one (process-wide, not per thread).
+
+    Raises:
+        ValueError: name is not a backend's name.
+    """
+    global _default
+    before, _default = _default, checked("use_backend", name)
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def checked(op: str, backend: "str | None") -> str:
+    """The backend argument of a public function as the string that its op takes.
+
+    Raises:
+        ValueError: backend is not a backend's name.
+    """
+    if backend is None:
+        return _default
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+def define(op: str, file: str, schema: str, impl: Callable[..., Any], fake: Callable) -> None:
+    """Registers ``torch.ops.fusedformer.<name of schema>``, part of ``op``, whose file is ``file``.
+
+    ``impl`` serves every device and chooses the backend by pick(); ``fake`` gives the shapes.
+    """
+    OPS[op] = file
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedformer::{name}", fake, lib=_library)
+
+
+def load(backend: str, op: str) -> "ModuleType | None":
+    """The module of a backend that holds an op, or None: failure() then has the reason."""
+    key = (backend, op)
+    if key not in _modules:
+        try:
+            _modules[key] = importlib.import_module(BACKENDS[backend].format(file=OPS[op]))
+        except Exception:
+            # Whatever stops an import is a reason to use another backend; it is kept and shown.
+            _modules[key] = None
+            _failures[key] = traceback.format_exc()
+    return _modules[key]
+
+
+def failure(backend: str, op: str) -> "str | None":
+    """The traceback of a backend's failed import, or None."""
+    return _failures.get((backend, op))
+
+
+def _able(backend: str, op: str, question: str, *args: Any) -> "tuple[ModuleType | None, str]":
+    module = load(backend, op)
+    if module is None:
+        last_line = _failures[backend, op].strip().splitlines()[-1]
+        return None, f"it cannot be imported ({last_line})"
+    reason = getattr(module, question)(*args)
+    return (module, "") if reason is None else (None, reason)
+
+
+def available_backends(op: str = "attention", device: str = "cpu") -> "dict[str, str | None]":
+    """For each backend, None when it can run ``op`` on ``device``, else the reason why not."""
+    if op not in OPS:
+        raise ValueError(f"available_backends: op must be one of {', '.join(OPS)}; got {op!r}")
+    where = torch.device(device)
+    return {name: _able(name, op, "unsupported_device", where)[1] or None for name in BACKENDS}
+
+
+def pick(op: str, backend: str, args: tuple) -> ModuleType:
+    """The module that runs a call of ``op`` with these arguments (the first one a tensor).
+
+    Raises:
+        RuntimeError: the backend named explicitly cannot run; the message says why.
+    """
+    if backend:
+        module, reason = _able(backend, op, f"{op}_unsupported", *args)
+        if module is None:
+            raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+        return module
+    device = args[0].device.type
+    reasons = []
+    for name in PREFERENCE.get(device, ("reference",)):
+        module, reason = _able(name, op, f"{op}_unsupported", *args)
+        if module is not None:
+            break
+        reasons.append(f"{name}: {reason}")
+    else:
+        raise RuntimeError(f"{op}: no backend can run: {'; '.join(reasons)}")
+    if name == "reference" and device != "cpu" and op not in _warned:
+        _warned.add(op)
+        why = "; ".join(reasons) or f"there are no fused kernels for {device} devices"
+        warnings.warn(f"{op} runs on the slow reference backend on {device} ({why})", stacklevel=2)
+    return module
