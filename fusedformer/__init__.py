@@ -1,4 +1,7 @@
-"""Fused attention, layer norm, dropout and cross-entropy kernels for the standard Transformer."""
+"""Fused attention, layer norm, dropout and cross-entropy kernels for the standard Transformer.
+
+What ``__all__`` names is public, and is deprecated for one release before it goes.
+"""
 
 from pathlib import Path as _Path
 
@@ -8,4 +11,15 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
     # copy has them inside it.
     __path__.append(str(_here.parent))
 
+from fusedformer.kernels.attention import attention, scaled_dot_product_attention
+from fusedformer.kernels.dispatch import available_backends, use_backend
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "attention",
+    "available_backends",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

@@ -1,0 +1,56 @@
+"""The ``fusedformer`` command: finds the module of a subcommand and runs it.
+
+Such a module has ``configure(parser)``, which adds its arguments, and ``run(args) -> int``, which
+returns the exit code. It is imported only when its subcommand is called.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import fusedformer
+
+# subcommand -> its module, and what --help says of it
+COMMANDS = {
+    "doctor": ("fusedformer.doctor", "say what each op runs on here, and why not on the rest"),
+    "profile": ("fusedformer.benchmarks.profile", "measure how an op's cost grows with its sizes"),
+}
+
+USER_ERROR = 2  # as argparse has it
+INTERRUPTED = 130  # as shells have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: that of this process); returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    about = (fusedformer.__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="fusedformer", description=about)
+    parser.add_argument(
+        "--version", action="version", version=f"fusedformer {fusedformer.__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    module = None
+    for name, (path, help_text) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        if argv[:1] == [name]:
+            module = importlib.import_module(path)
+            module.configure(command)
+    args = parser.parse_args(argv)
+    if module is None:
+        parser.error(f"the command comes first: fusedformer {args.command} ...")
+    try:
+        code = module.run(args)
+        sys.stdout.flush()  # so that a closed pipe shows here, not at exit
+        return code
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; nothing may be flushed into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"fusedformer {args.command}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"fusedformer {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED

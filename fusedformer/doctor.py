@@ -1,0 +1,145 @@
+"""``fusedformer doctor``: what each op runs on here, and the reason for all that does not run."""
+
+import argparse
+import importlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusedformer
+from fusedformer.kernels import dispatch
+
+SCHEMA_VERSION = 1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(args: argparse.Namespace) -> int:
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else text(report))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything that doctor prints, as JSON has it."""
+    devices = _devices()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "versions": _versions(),
+        "devices": devices,
+        "ops": [_op(op, device["name"]) for device in devices for op in dispatch.OPS],
+    }
+
+
+def _versions() -> dict[str, Any]:
+    triton = error_text = None
+    interpreted = False
+    try:
+        module = importlib.import_module("triton")
+        triton, interpreted = module.__version__, module.knobs.runtime.interpret
+    except Exception as error:  # whatever stops the import is what the user wants to read
+        error_text = f"{type(error).__name__}: {error}"
+    return {
+        "fusedformer": fusedformer.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "torch_hip": torch.version.hip,
+        "triton": triton,
+        "triton_error": error_text,
+        "triton_interpreted": interpreted,
+        "os": platform.platform(),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _devices() -> list[dict[str, Any]]:
+    """The CPU, then every GPU; capability is what decides which kernels a device can run."""
+    devices = [
+        {
+            "name": "cpu",
+            "model": _cpu_model(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        }
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            devices.append(
+                {
+                    "name": f"cuda:{index}",
+                    "model": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_bytes": properties.total_memory,
+                }
+            )
+    if torch.backends.mps.is_available():
+        devices.append({"name": "mps", "model": "Apple GPU", "capability": None})
+    return devices
+
+
+def _op(op: str, device: str) -> dict[str, Any]:
+    reasons = dispatch.available_backends(op, device)
+    order = dispatch.PREFERENCE.get(torch.device(device).type, ("reference",))
+    return {
+        "op": op,
+        "device": device,
+        # A call may still fall to the next backend for its shapes or dtypes.
+        "automatic": next((name for name in order if reasons[name] is None), None),
+        "backends": {
+            name: {
+                "runs": reason is None,
+                "reason": reason,
+                "import_error": dispatch.failure(name, op),
+            }
+            for name, reason in reasons.items()
+        },
+    }
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report as a person reads it."""
+    versions = report["versions"]
+    built_for = f"CUDA {versions['torch_cuda']}" if versions["torch_cuda"] else "CPU only"
+    if versions["torch_hip"]:
+        built_for = f"ROCm {versions['torch_hip']}"
+    triton = versions["triton"] or f"none ({versions['triton_error']})"
+    if versions["triton_interpreted"]:
+        triton += ", in its interpreter (TRITON_INTERPRET is set): slow, for tests"
+    lines = [
+        f"fusedformer {versions['fusedformer']}",
+        f"python      {versions['python']}, {versions['os']}",
+        f"torch       {versions['torch']} ({built_for})",
+        f"triton      {triton}",
+    ]
+    errors = {}
+    for device in report["devices"]:
+        lines += ["", f"{device['name']}: {device['model']} ({device['capability']})"]
+        for row in report["ops"]:
+            if row["device"] != device["name"]:
+                continue
+            lines.append(f"  {row['op']:<24} runs on {row['automatic']}")
+            for name, backend in row["backends"].items():
+                if backend["reason"]:
+                    lines.append(f"  {'':<24} not on {name}: {backend['reason']}")
+                elif name != row["automatic"]:
+                    lines.append(f"  {'':<24} also on {name}")
+                if backend["import_error"]:
+                    errors[f"{name} {row['op']}"] = backend["import_error"]
+    for what, error in errors.items():
+        lines += ["", f"import of {what} failed:", error.rstrip()]
+    return "\n".join(lines)
