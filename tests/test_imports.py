@@ -1,0 +1,123 @@
+"""Imports run one way, transformer -> kernels/<op> -> dispatch -> backends; files stay short."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("fusedformer", "kernels", "transformer", "benchmarks", "tests", "tools", "examples")
+
+# Which groups of modules a group may import. dispatch loads backends by name, and the command
+# line loads benchmarks so, hence neither stands here.
+ALLOWED = {
+    "common": {"common"},
+    "dispatch": {"common"},
+    "reference": {"common", "reference"},
+    "triton": {"common", "triton"},
+    "native": {"common", "native"},
+    "op": {"common", "dispatch", "op"},
+    "package": {"common", "dispatch", "op", "transformer", "package"},
+    "transformer": {"common", "dispatch", "op", "transformer", "package"},
+}
+
+MAX_LINES = 400
+# Files that may be longer, with the reason.
+LONG: dict[str, str] = {}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "fusedformer" else ("fusedformer", *parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def group(module: str) -> str:
+    """The group of one of our modules, given as fusedformer.<...>."""
+    parts = module.split(".")[1:]
+    if parts[:1] != ["kernels"]:
+        return parts[0] if parts[:1] in (["transformer"], ["benchmarks"]) else "package"
+    name = parts[1] if len(parts) > 1 else ""
+    if name in ("dispatch", "reference", "triton", "native"):
+        return name
+    return "common" if name in ("rng", "checks") else "op"
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[str]:
+    """Every module that may be meant by an import statement, wherever in the file it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            # "from fusedformer.kernels import rng" means a module, "... .rng import f" does not.
+            parent = base in ("fusedformer", "fusedformer.kernels", "fusedformer.kernels.triton")
+            yield from ([f"{base}.{alias.name}" for alias in node.names] if parent else [base])
+
+
+def violations(module: str, source: str) -> list[str]:
+    found = []
+    for name in imported(module, ast.parse(source)):
+        if name.split(".")[0] in ("kernels", "transformer", "benchmarks"):
+            found.append(f"{module} imports top-level {name}")
+        allowed = ALLOWED.get(group(module))
+        if name.split(".")[0] == "fusedformer" and allowed and group(name) not in allowed:
+            found.append(f"{module} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fusedformer.kernels.attention", "from fusedformer.kernels import reference"),
+        ("fusedformer.kernels.attention", "def f():\n    import fusedformer.transformer.layers"),
+        ("fusedformer.kernels.attention", "from fusedformer import benchmarks"),
+        ("fusedformer.kernels.attention", "import fusedformer"),
+        ("fusedformer.kernels.dispatch", "from .reference import attention_fwd"),
+        ("fusedformer.kernels.dispatch", "from fusedformer.kernels.attention import attention"),
+        ("fusedformer.kernels.reference", "from fusedformer.kernels.triton import launch"),
+        ("fusedformer.kernels.triton.attention", "from fusedformer.kernels import reference"),
+        ("fusedformer.kernels.triton.attention", "from ..dispatch import pick"),
+        ("fusedformer.kernels.rng", "from fusedformer.kernels import dispatch"),
+        ("fusedformer.transformer.layers", "from fusedformer.kernels.reference import f"),
+        ("fusedformer.benchmarks.profile", "import kernels.attention"),
+        ("fusedformer.doctor", "from transformer import layers"),
+    ],
+)
+def test_rule_catches(module, source):
+    assert violations(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fusedformer.kernels.attention", "from fusedformer.kernels import dispatch, rng"),
+        ("fusedformer.kernels.triton.attention", "from fusedformer.kernels.triton import launch"),
+        ("fusedformer.kernels.triton.attention", "import triton\nfrom triton import language"),
+        ("fusedformer.benchmarks.profile", "from fusedformer.kernels import reference"),
+    ],
+)
+def test_rule_allows(module, source):
+    assert not violations(module, source)
+
+
+def test_imports_run_one_way():
+    files = python_files("fusedformer", "kernels", "transformer", "benchmarks")
+    assert any(path.name == "dispatch.py" for path in files)
+    assert [v for path in files for v in violations(module_name(path), path.read_text())] == []
+
+
+def test_files_are_short():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in python_files(*FOLDERS)
+    }
+    over = {name for name, lines in lengths.items() if lines > MAX_LINES}
+    assert over - LONG.keys() == set(), "over 400 lines: two ideas in one file"
+    assert LONG.keys() - over == set(), "no longer over 400 lines: take it off the list"
