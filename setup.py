@@ -1,5 +1,6 @@
-"""Everything is in pyproject.toml; this file is for tools that still look for a setup.py."""
+"""What pyproject.toml cannot say to setuptools 65 and to today's alike; all else is there."""
 
 from setuptools import setup
 
-setup()
+# In pyproject.toml a bare string is an error before setuptools 77, a table one from 2027 on.
+setup(license="MIT")

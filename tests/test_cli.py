@@ -13,7 +13,6 @@ import fusedformer
 from fusedformer import cli, doctor
 from fusedformer.kernels import dispatch
 
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
