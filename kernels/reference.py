@@ -70,7 +70,9 @@ def _attention_scores(
 
 def _bnhd(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A (B, H, N, D) tensor in (B, N, H, D) memory order, as every backend returns it."""
-    return tensor.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    batch, heads, length, dim = tensor.shape
+    out = tensor.new_empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
+    return out.copy_(tensor)
 
 
 def attention_fwd(

@@ -1,0 +1,256 @@
+"""Attention on Triton: which tiles, how many warps, and the launches.
+
+The kernels are in attention_forward.py and attention_backward.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fusedformer.kernels import rng
+from fusedformer.kernels.triton.attention_backward import (
+    attention_key_value_grads_kernel,
+    attention_mask_grad_kernel,
+    attention_query_grads_kernel,
+    attention_shift_kernel,
+)
+from fusedformer.kernels.triton.attention_forward import attention_fwd_kernel
+from fusedformer.kernels.triton.attention_tiles import ADDITIVE_MASK, BOOL_MASK, LOG2E, NO_MASK
+from fusedformer.kernels.triton.launch import Chip, chip, launch, unsupported_device
+
+__all__ = ["attention_bwd", "attention_fwd", "attention_unsupported", "unsupported_device"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_DIM = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch configuration: the tile of queries, that of keys, and how it is run."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def forward_config(block_d: int, dtype: torch.dtype, dropout: bool, where: Chip) -> Config:
+    """Tiles of the forward. Chosen so that nothing spills (see `fusedformer aot`)."""
+    if dtype == torch.float32:
+        return Config(64, 32, 4 if block_d <= 64 else 8, 1)
+    roomy = where.capability in (80, 90, 100)  # 164 KB of shared memory or more, not 99 KB
+    if block_d <= 64:
+        return Config(128, 64, 8 if dropout else 4, 3 if roomy else 2)
+    if block_d <= 128:
+        return Config(128, 64, 8, 2 if roomy else 1)
+    return Config(128 if roomy else 64, 32, 8, 2 if roomy else 1)
+
+
+def key_value_grads_config(block_d: int, dtype: torch.dtype, dropout: bool, where: Chip) -> Config:
+    """Tiles of the dK and dV kernel."""
+    if dtype == torch.float32:
+        return Config(32, 32, 4 if block_d <= 64 else 8, 1)
+    roomy = where.capability in (80, 90, 100)
+    if block_d <= 64:
+        return Config(64, 128, 8, 2)
+    if block_d <= 128:
+        return Config(64, 64, 8, 2 if roomy else 1)
+    return Config(64 if roomy else 32, 64 if roomy else 32, 8, 1)
+
+
+def query_grads_config(block_d: int, dtype: torch.dtype, dropout: bool, where: Chip) -> Config:
+    """Tiles of the dQ kernel; also those of the mask's gradient."""
+    if dtype == torch.float32:
+        return Config(32, 32, 4 if block_d <= 64 else 8, 1)
+    roomy = where.capability in (80, 90, 100)
+    if block_d <= 64:
+        return Config(128, 64, 8, 2)
+    if block_d <= 128:
+        return Config(64, 64, 8 if dropout else 4, 2 if roomy else 1)
+    return Config(64, 32, 8, 1)
+
+
+def attention_unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: "Tensor | None",
+    key_lengths: "Tensor | None",
+    seed: "Tensor | None",
+    diagonal: "int | None",
+    scale: float,
+    dropout_p: float,
+    offsets: list[int],
+) -> "str | None":
+    """Why these kernels cannot take a call, or None."""
+    if query.dtype not in DTYPES:
+        return f"{query.dtype} runs on the reference backend only"
+    if query.numel() >= 2**40 or max(query.shape[2], key.shape[2]) >= 2**30:
+        return "more than 2^30 queries or keys"
+    return unsupported_device(query.device)
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    # The kernels take any strides but that of D. So that D = 1 is read alike, its size is ignored.
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _mask_arguments(mask: "Tensor | None", placeholder: Tensor) -> tuple[Tensor, list[int], int]:
+    """The mask as the kernels read it, its strides (0 where it broadcasts), and the MASK flag."""
+    if mask is None:
+        return placeholder, [0, 0, 0, 0], NO_MASK.value
+    strides = [0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True)]
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), strides, BOOL_MASK.value
+    return mask, strides, ADDITIVE_MASK.value
+
+
+def _scale_arguments(scale: float) -> tuple[float, float]:
+    """|scale| log2(e) and the sign. A zero scale is made tiny: -inf times zero would be NaN."""
+    return max(abs(scale), 1e-30) * LOG2E.value, -1.0 if scale < 0 else 1.0
+
+
+def _new(like: Tensor) -> Tensor:
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _options(query: Tensor, key: Tensor, diagonal, flag: int, key_lengths, seed, config: Config):
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "DIM": query.shape[3],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": block_dim(query.shape[3]),
+        "CAUSAL": diagonal is not None,
+        "MASK": flag,
+        "HAS_LENGTHS": key_lengths is not None,
+        "DROPOUT": seed is not None,
+        # float32 through three TF32 products keeps float32's accuracy on tensor cores.
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def block_dim(dim: int) -> int:
+    """The head dimension that the tiles have: a power of two, 16 or more."""
+    return max(triton.next_power_of_2(dim), 16)
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: "Tensor | None",
+    key_lengths: "Tensor | None",
+    seed: "Tensor | None",
+    diagonal: "int | None",
+    scale: float,
+    dropout_p: float,
+    offsets: list[int],
+) -> tuple[Tensor, Tensor]:
+    """O and LSE; see reference.attention_fwd."""
+    batch, heads, n_queries, dim = query.shape
+    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    out, lse = _new(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    mask, mask_strides, flag = _mask_arguments(mask, query)
+    dropout = seed is not None
+    config = forward_config(block_dim(dim), query.dtype, dropout, chip(query.device))
+    launch(
+        attention_fwd_kernel,
+        (triton.cdiv(n_queries, config.block_m) * batch * heads,),
+        query, key, value, out, lse, mask,
+        query if key_lengths is None else key_lengths, query if seed is None else seed,
+        *_strides(query, key, value, out), *mask_strides,
+        heads, n_queries, key.shape[2], diagonal or 0, *_scale_arguments(scale),
+        rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets,
+        **_options(query, key, diagonal, flag, key_lengths, seed, config),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_bwd(
+    grad_out: Tensor,
+    grad_lse: "Tensor | None",
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: "Tensor | None",
+    key_lengths: "Tensor | None",
+    seed: "Tensor | None",
+    diagonal: "int | None",
+    scale: float,
+    dropout_p: float,
+    offsets: list[int],
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:
+    """dQ, dK, dV and the mask's gradient; see reference.attention_bwd. Deterministic."""
+    batch, heads, n_queries, dim = query.shape
+    n_keys, block_d = key.shape[2], block_dim(dim)
+    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(out), lse.contiguous()
+    shift = torch.empty_like(lse)
+    block_m = 64 if block_d <= 128 else 32
+    launch(
+        attention_shift_kernel,
+        (triton.cdiv(n_queries, block_m) * batch * heads,),
+        out, grad_out, lse if grad_lse is None else grad_lse.contiguous(), shift,
+        *_strides(out, grad_out), heads, n_queries,
+        DIM=dim, BLOCK_M=block_m, BLOCK_D=block_d, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+    )  # fmt: skip
+
+    given_mask = mask
+    mask, mask_strides, flag = _mask_arguments(mask, query)
+    lengths = query if key_lengths is None else key_lengths
+    seed_or_none = query if seed is None else seed
+    folded = _scale_arguments(scale)
+    random = (rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets)
+    inputs = _strides(query, key, value, grad_out)
+    sizes = (heads, n_queries, n_keys, diagonal or 0)
+    where, dropout = chip(query.device), seed is not None
+
+    grad_key, grad_value, grad_query = _new(key), _new(value), _new(query)
+    config = key_value_grads_config(block_d, query.dtype, dropout, where)
+    launch(
+        attention_key_value_grads_kernel,
+        (triton.cdiv(n_keys, config.block_n) * batch * key.shape[1],),
+        query, key, value, grad_out, grad_key, grad_value, lse, shift, mask, lengths, seed_or_none,
+        *inputs, *_strides(grad_key, grad_value), *mask_strides, *sizes, scale, *folded, *random,
+        **_options(query, key, diagonal, flag, key_lengths, seed, config),
+    )  # fmt: skip
+    config = query_grads_config(block_d, query.dtype, dropout, where)
+    options = _options(query, key, diagonal, flag, key_lengths, seed, config)
+    launch(
+        attention_query_grads_kernel,
+        (triton.cdiv(n_queries, config.block_m) * batch * heads,),
+        query, key, value, grad_out, grad_query, lse, shift, mask, lengths, seed_or_none,
+        *inputs, *_strides(grad_query), *mask_strides, *sizes, scale, *folded, *random,
+        **options,
+    )  # fmt: skip
+    if not mask_grad:
+        return grad_query, grad_key, grad_value, None
+
+    grad_mask = given_mask.new_empty(given_mask.shape)
+    mask_batches, mask_heads, mask_rows, mask_columns = given_mask.shape
+    # A broadcast dimension is one that the mask has once and the scores more often.
+    one_row, one_column = mask_rows < n_queries, mask_columns < n_keys
+    m_tiles = 1 if one_row else triton.cdiv(n_queries, config.block_m)
+    n_tiles = 1 if one_column else triton.cdiv(n_keys, config.block_n)
+    launch(
+        attention_mask_grad_kernel,
+        (m_tiles * n_tiles * mask_batches * mask_heads,),
+        query, key, value, grad_out, lse, shift, mask, grad_mask, lengths, seed_or_none,
+        *inputs, *mask_strides, *grad_mask.stride(),
+        batch, heads, n_queries, n_keys, mask_batches, mask_heads, diagonal or 0,
+        *folded, *random, ONE_ROW=one_row, ONE_COLUMN=one_column, **options,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value, grad_mask

@@ -1,0 +1,398 @@
+"""The backward kernels of attention: every gradient is summed by one program in a fixed order.
+
+FlashAttention-2 (Dao 2023), algorithm 2, in two passes so that nothing is added atomically: dK and
+dV by programs that own a tile of keys, dQ by programs that own a tile of queries. An additive
+mask's gradient has a kernel of its own. All of them recompute P from the saved LSE.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedformer.kernels.triton.attention_tiles import (
+    NO_MASK,
+    key_length,
+    load_lse_log2,
+    load_rows,
+    score_grads,
+    store_rows,
+)
+from fusedformer.kernels.triton.random import attention_keep
+
+
+@triton.jit(do_not_specialize=["n_queries", "heads"])
+def attention_shift_kernel(
+    out, grad_out,  # (B, H, Nq, D)
+    grad_lse,  # (B, H, Nq) float32, contiguous, if HAS_GRAD_LSE
+    shift,  # (B, H, Nq) float32, contiguous: rowsum(dO o O) - dLSE
+    stride_ob: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
+    stride_gb: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    heads, n_queries,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(n_queries, BLOCK_M)
+    start_i = tl.program_id(0) % tiles * BLOCK_M
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    out += batch_head // heads * stride_ob + batch_head % heads * stride_oh
+    grad_out += batch_head // heads * stride_gb + batch_head % heads * stride_gh
+    o = load_rows(out, start_i, stride_on, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+    g = load_rows(grad_out, start_i, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+    row_shift = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    i = start_i + tl.arange(0, BLOCK_M)
+    at = batch_head * n_queries + i
+    if HAS_GRAD_LSE:
+        row_shift -= tl.load(grad_lse + at, mask=i < n_queries, other=0.0)
+    tl.store(shift + at, row_shift, mask=i < n_queries)
+
+
+@triton.jit
+def _key_value_grads(
+    grad_key, grad_value,  # accumulators (BLOCK_N, BLOCK_D)
+    k, v,
+    query, grad_out, lse, shift, stride_query, stride_grad_out,
+    mask, stride_mask_i, stride_mask_j,
+    start_j, first, n_first, second, n_tiles,
+    n_queries, length, diagonal, scale_log2,
+    seed, threshold, inverse_keep_p, batch, head, query_offset, key_offset,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what n_tiles tiles of queries give: n_first from `first` on, the rest from `second`."""
+    j = start_j + tl.arange(0, BLOCK_N)
+    for t in range(0, n_tiles):
+        start_i = first + t * BLOCK_M
+        if BOUNDARY:
+            start_i = tl.where(t < n_first, start_i, second + (t - n_first) * BLOCK_M)
+        start_i = tl.multiple_of(start_i, BLOCK_M)
+        i = start_i + tl.arange(0, BLOCK_M)
+        q = load_rows(query, start_i, stride_query, n_queries, DIM, BLOCK_M, BLOCK_D, BOUNDARY)
+        g = load_rows(
+            grad_out, start_i, stride_grad_out, n_queries, DIM, BLOCK_M, BLOCK_D, BOUNDARY
+        )
+        lse_log2 = load_lse_log2(lse, i, n_queries)
+        row_shift = tl.load(shift + i, mask=i < n_queries, other=0.0)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        grad_weights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        keep = 0
+        if DROPOUT:
+            keep = attention_keep(
+                seed, threshold, batch, head, query_offset + start_i, key_offset + start_j,
+                BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+        weights, grad_scores = score_grads(
+            products, grad_weights, lse_log2[None, :], row_shift[None, :], keep, inverse_keep_p,
+            scale_log2, i[None, :], j[:, None], n_queries, length, diagonal,
+            mask, stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY, DROPOUT,
+        )  # fmt: skip
+        grad_value = tl.dot(weights.to(g.dtype), g, grad_value, input_precision=PRECISION)
+        grad_key = tl.dot(grad_scores.to(q.dtype), q, grad_key, input_precision=PRECISION)
+    return grad_key, grad_value
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_queries", "n_keys", "diagonal", "stride_mb", "stride_mh", "stride_mi", "stride_mj",
+        "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
+    ]
+)  # fmt: skip
+def attention_key_value_grads_kernel(
+    query,  # (B, H, Nq, D)
+    key, value,  # (B, Hkv, Nk, D)
+    grad_out,  # (B, H, Nq, D)
+    grad_key, grad_value,  # (B, Hkv, Nk, D)
+    lse, shift,  # (B, H, Nq) float32, contiguous
+    mask,  # as in the forward
+    key_lengths,  # (B,) int32, if HAS_LENGTHS
+    seed,  # 0-d int64, if DROPOUT
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_dkb: tl.int64, stride_dkh: tl.int64, stride_dkn: tl.int64,
+    stride_dvb: tl.int64, stride_dvh: tl.int64, stride_dvn: tl.int64,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
+    heads, n_queries, n_keys, diagonal,
+    scale,  # with its sign
+    scale_log2, sign,  # as in the forward
+    threshold: tl.uint32, inverse_keep_p,
+    batch_offset, head_offset, query_offset, key_offset,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Under a causal mask the first keys are seen by most queries: longest first as they come.
+    tiles = tl.cdiv(n_keys, BLOCK_N)
+    start_j = tl.program_id(0) % tiles * BLOCK_N
+    batch = (tl.program_id(0) // tiles // (heads // GROUP)).to(tl.int64)
+    key_head = (tl.program_id(0) // tiles % (heads // GROUP)).to(tl.int64)
+    length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
+
+    # Tiles of queries: [0, first) see none of these keys, [full, whole) see them all; on the
+    # boundary are [first, full), which cross the diagonal, and [second, total), the ragged end.
+    total = tl.cdiv(n_queries, BLOCK_M)
+    whole = n_queries // BLOCK_M
+    first = 0
+    full = 0
+    if CAUSAL:
+        first = tl.maximum(start_j - diagonal, 0) // BLOCK_M
+        full = tl.cdiv(tl.maximum(start_j + BLOCK_N - 1 - diagonal, 0), BLOCK_M)
+    if start_j >= length:
+        first = total
+    if start_j + BLOCK_N > length:
+        full = total
+    first = tl.minimum(first, total)
+    full = tl.minimum(tl.maximum(full, first), total)
+    second = tl.maximum(whole, full)
+    n_first = full - first
+
+    k_base = key + batch * stride_kb + key_head * stride_kh
+    v_base = value + batch * stride_vb + key_head * stride_vh
+    k = load_rows(k_base, start_j, stride_kn, length, DIM, BLOCK_N, BLOCK_D, True)
+    k = (k * sign).to(k.dtype)  # exact; see the forward
+    v = load_rows(v_base, start_j, stride_vn, length, DIM, BLOCK_N, BLOCK_D, True)
+    random_seed = 0
+    if DROPOUT:
+        random_seed = tl.load(seed)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(0, GROUP):
+        head = key_head * GROUP + member
+        q_base = query + batch * stride_qb + head * stride_qh
+        g_base = grad_out + batch * stride_gb + head * stride_gh
+        row_base = (batch * heads + head) * n_queries
+        m_base = mask
+        if MASK != NO_MASK:
+            m_base += batch * stride_mb + head * stride_mh
+        for BOUNDARY in tl.static_range(2):
+            dk, dv = _key_value_grads(
+                dk, dv, k, v, q_base, g_base, lse + row_base, shift + row_base,
+                stride_qn, stride_gn, m_base, stride_mi, stride_mj,
+                start_j, (first if BOUNDARY else full) * BLOCK_M, n_first, second * BLOCK_M,
+                n_first + total - second if BOUNDARY else whole - full,
+                n_queries, length, diagonal, scale_log2,
+                random_seed, threshold, inverse_keep_p, batch + batch_offset, head + head_offset,
+                query_offset, key_offset,
+                DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, PRECISION,
+            )  # fmt: skip
+    if DROPOUT:
+        dv = dv * inverse_keep_p
+    dk = dk * scale
+    grad_key += batch * stride_dkb + key_head * stride_dkh
+    grad_value += batch * stride_dvb + key_head * stride_dvh
+    store_rows(grad_key, start_j, stride_dkn, n_keys, dk, DIM, BLOCK_N, BLOCK_D)
+    store_rows(grad_value, start_j, stride_dvn, n_keys, dv, DIM, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def _query_grads(
+    grad_query,  # accumulator (BLOCK_M, BLOCK_D)
+    q, g, lse_log2, row_shift,
+    key, value, stride_key, stride_value, mask, stride_mask_i, stride_mask_j,
+    start_i, start, end, n_queries, length, diagonal, scale_log2,
+    seed, threshold, inverse_keep_p, batch, head, query_offset, key_offset,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i = start_i + tl.arange(0, BLOCK_M)
+    for start_j in range(start, end, BLOCK_N):
+        start_j = tl.multiple_of(start_j, BLOCK_N)
+        j = start_j + tl.arange(0, BLOCK_N)
+        k = load_rows(key, start_j, stride_key, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
+        v = load_rows(value, start_j, stride_value, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        keep = 0
+        if DROPOUT:
+            keep = attention_keep(
+                seed, threshold, batch, head, query_offset + start_i, key_offset + start_j,
+                BLOCK_M, BLOCK_N, False,
+            )  # fmt: skip
+        _, grad_scores = score_grads(
+            products, grad_weights, lse_log2[:, None], row_shift[:, None], keep, inverse_keep_p,
+            scale_log2, i[:, None], j[None, :], n_queries, length, diagonal,
+            mask, stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY, DROPOUT,
+        )  # fmt: skip
+        grad_query = tl.dot(grad_scores.to(k.dtype), k, grad_query, input_precision=PRECISION)
+    return grad_query
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_queries", "n_keys", "diagonal", "stride_mb", "stride_mh", "stride_mi", "stride_mj",
+        "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
+    ]
+)  # fmt: skip
+def attention_query_grads_kernel(
+    query,  # (B, H, Nq, D)
+    key, value,  # (B, Hkv, Nk, D)
+    grad_out, grad_query,  # (B, H, Nq, D)
+    lse, shift,  # (B, H, Nq) float32, contiguous
+    mask,  # as in the forward
+    key_lengths,  # (B,) int32, if HAS_LENGTHS
+    seed,  # 0-d int64, if DROPOUT
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_dqb: tl.int64, stride_dqh: tl.int64, stride_dqn: tl.int64,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
+    heads, n_queries, n_keys, diagonal,
+    scale,  # with its sign
+    scale_log2, sign,  # as in the forward
+    threshold: tl.uint32, inverse_keep_p,
+    batch_offset, head_offset, query_offset, key_offset,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(n_queries, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    batch_head = tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # longest first, as in the forward
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    start_i = tile * BLOCK_M
+    key += batch * stride_kb + head // GROUP * stride_kh
+    value += batch * stride_vb + head // GROUP * stride_vh
+    if MASK != NO_MASK:
+        mask += batch * stride_mb + head * stride_mh
+    length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
+
+    full, end = length, length
+    if CAUSAL:
+        full = tl.minimum(full, tl.maximum(start_i + diagonal + 1, 0))
+        last = tl.minimum(start_i + BLOCK_M, n_queries) + diagonal
+        end = tl.minimum(end, tl.maximum(last, 0))
+    full = full // BLOCK_N * BLOCK_N
+
+    i = start_i + tl.arange(0, BLOCK_M)
+    query += batch * stride_qb + head * stride_qh
+    grad_out += batch * stride_gb + head * stride_gh
+    q = load_rows(query, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+    q = (q * sign).to(q.dtype)  # exact; see the forward
+    g = load_rows(grad_out, start_i, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+    rows = batch_head.to(tl.int64) * n_queries
+    lse_log2 = load_lse_log2(lse + rows, i, n_queries)
+    row_shift = tl.load(shift + rows + i, mask=i < n_queries, other=0.0)
+    random_seed = 0
+    if DROPOUT:
+        random_seed = tl.load(seed)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for BOUNDARY in tl.static_range(2):
+        dq = _query_grads(
+            dq, q, g, lse_log2, row_shift,
+            key, value, stride_kn, stride_vn, mask, stride_mi, stride_mj,
+            start_i, full if BOUNDARY else 0, end if BOUNDARY else full,
+            n_queries, length, diagonal, scale_log2,
+            random_seed, threshold, inverse_keep_p, batch + batch_offset, head + head_offset,
+            query_offset, key_offset,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, PRECISION,
+        )  # fmt: skip
+    grad_query += batch * stride_dqb + head * stride_dqh
+    store_rows(grad_query, start_i, stride_dqn, n_queries, dq * scale, DIM, BLOCK_M, BLOCK_D)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_queries", "n_keys", "diagonal", "stride_mb", "stride_mh", "stride_mi", "stride_mj",
+        "stride_gmb", "stride_gmh", "stride_gmi", "stride_gmj",
+        "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
+        "batches", "mask_batches", "mask_heads",
+    ]
+)  # fmt: skip
+def attention_mask_grad_kernel(
+    query,  # (B, H, Nq, D)
+    key, value,  # (B, Hkv, Nk, D)
+    grad_out,  # (B, H, Nq, D)
+    lse, shift,  # (B, H, Nq) float32, contiguous
+    mask,  # as in the forward, additive
+    grad_mask,  # (mask's B, H, Nq, Nk, each 1 where it broadcasts)
+    key_lengths,  # (B,) int32, if HAS_LENGTHS
+    seed,  # 0-d int64, if DROPOUT
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
+    stride_gmb: tl.int64, stride_gmh: tl.int64, stride_gmi: tl.int64, stride_gmj: tl.int64,
+    batches, heads, n_queries, n_keys, mask_batches, mask_heads, diagonal,
+    scale_log2, sign,  # as in the forward
+    threshold: tl.uint32, inverse_keep_p,
+    batch_offset, head_offset, query_offset, key_offset,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,  # the mask broadcasts over queries, over keys
+):  # fmt: skip
+    """One program per tile of the mask; it adds up, in order, all that the tile broadcasts over."""
+    m_tiles = tl.cdiv(n_queries, BLOCK_M)
+    n_tiles = tl.cdiv(n_keys, BLOCK_N)
+    own_m = 1 if ONE_ROW else m_tiles
+    own_n = 1 if ONE_COLUMN else n_tiles
+    program = tl.program_id(0)
+    tile_j = program % own_n
+    tile_i = program // own_n % own_m
+    mask_head = program // own_n // own_m % mask_heads
+    mask_batch = program // own_n // own_m // mask_heads
+    random_seed = 0
+    if DROPOUT:
+        random_seed = tl.load(seed)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    batch_count = batches // mask_batches
+    head_count = heads // mask_heads
+    i_count = m_tiles // own_m
+    j_count = n_tiles // own_n
+    for step in range(0, batch_count * head_count * i_count * j_count):
+        start_j = (tile_j + step % j_count) * BLOCK_N
+        start_i = (tile_i + step // j_count % i_count) * BLOCK_M
+        head = (mask_head + step // j_count // i_count % head_count).to(tl.int64)
+        batch = (mask_batch + step // j_count // i_count // head_count).to(tl.int64)
+        length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
+        end = length
+        if CAUSAL:
+            end = tl.minimum(end, start_i + BLOCK_M + diagonal)
+        if start_j < end:
+            i = start_i + tl.arange(0, BLOCK_M)
+            j = start_j + tl.arange(0, BLOCK_N)
+            q_base = query + batch * stride_qb + head * stride_qh
+            g_base = grad_out + batch * stride_gb + head * stride_gh
+            k_base = key + batch * stride_kb + head // GROUP * stride_kh
+            v_base = value + batch * stride_vb + head // GROUP * stride_vh
+            m_base = mask + batch * stride_mb + head * stride_mh
+            rows = (batch * heads + head) * n_queries
+            q = load_rows(q_base, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+            q = (q * sign).to(q.dtype)
+            g = load_rows(g_base, start_i, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+            k = load_rows(k_base, start_j, stride_kn, length, DIM, BLOCK_N, BLOCK_D, True)
+            v = load_rows(v_base, start_j, stride_vn, length, DIM, BLOCK_N, BLOCK_D, True)
+            lse_log2 = load_lse_log2(lse + rows, i, n_queries)
+            row_shift = tl.load(shift + rows + i, mask=i < n_queries, other=0.0)
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+            keep = 0
+            if DROPOUT:
+                keep = attention_keep(
+                    random_seed, threshold, batch + batch_offset, head + head_offset,
+                    query_offset + start_i, key_offset + start_j, BLOCK_M, BLOCK_N, False,
+                )  # fmt: skip
+            _, grad_scores = score_grads(
+                products, grad_weights, lse_log2[:, None], row_shift[:, None], keep,
+                inverse_keep_p, scale_log2, i[:, None], j[None, :], n_queries, length, diagonal,
+                m_base, stride_mi, stride_mj, CAUSAL, MASK, True, DROPOUT,
+            )  # fmt: skip
+            total += grad_scores
+    grad_mask += mask_batch.to(tl.int64) * stride_gmb + mask_head.to(tl.int64) * stride_gmh
+    if ONE_ROW:
+        total = tl.sum(total, 0)[None, :]
+    if ONE_COLUMN:
+        total = tl.sum(total, 1)[:, None]
+    i = tile_i * BLOCK_M + tl.arange(0, 1 if ONE_ROW else BLOCK_M)
+    j = tile_j * BLOCK_N + tl.arange(0, 1 if ONE_COLUMN else BLOCK_N)
+    at = i.to(tl.int64)[:, None] * stride_gmi + j.to(tl.int64)[None, :] * stride_gmj
+    inside = (i[:, None] < n_queries) & (j[None, :] < n_keys)
+    tl.store(grad_mask + at, total.to(grad_mask.dtype.element_ty), mask=inside)

@@ -1,0 +1,148 @@
+"""The forward kernel of attention: one program per tile of queries, an online softmax over keys.
+
+FlashAttention-2 (Dao 2023), algorithm 1. Tiles that need no mask come first, then those on the
+boundary: the diagonal and the end of the keys. Tiles above the diagonal and past the key lengths
+are not visited.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedformer.kernels.triton.attention_tiles import (
+    LN2,
+    NO_MASK,
+    key_length,
+    load_rows,
+    masked_scores,
+    store_rows,
+)
+from fusedformer.kernels.triton.random import attention_keep
+
+
+@triton.jit
+def _attend(
+    accumulator, row_max, row_sum,  # the online softmax's state
+    query, key, value, stride_key, stride_value, mask, stride_mask_i, stride_mask_j,
+    start_i, start, end, n_queries, length, diagonal, scale_log2,
+    seed, threshold, batch, head, query_offset, key_offset,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i = start_i + tl.arange(0, BLOCK_M)
+    for start_j in range(start, end, BLOCK_N):
+        start_j = tl.multiple_of(start_j, BLOCK_N)
+        j = start_j + tl.arange(0, BLOCK_N)
+        k = load_rows(key, start_j, stride_key, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
+        products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        scores, factor = masked_scores(
+            products, scale_log2, i[:, None], j[None, :], n_queries, length, diagonal, mask,
+            stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY,
+        )  # fmt: skip
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+        shift = new_max
+        if BOUNDARY or MASK != NO_MASK:
+            # A row that has seen nothing yet: exp2(-inf - 0) is 0 where exp2(-inf + inf) is NaN.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores * factor - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        if DROPOUT:
+            keep = attention_keep(
+                seed, threshold, batch, head, query_offset + start_i, key_offset + start_j,
+                BLOCK_M, BLOCK_N, False,
+            )  # fmt: skip
+            weights = tl.where(keep, weights, 0.0)
+        v = load_rows(value, start_j, stride_value, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
+        accumulator = accumulator * rescale[:, None]
+        accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision=PRECISION)
+        row_max = new_max
+    return accumulator, row_max, row_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_queries", "n_keys", "diagonal", "stride_mb", "stride_mh", "stride_mi", "stride_mj",
+        "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
+    ]
+)  # fmt: skip
+def attention_fwd_kernel(
+    query,  # (B, H, Nq, D)
+    key,  # (B, Hkv, Nk, D)
+    value,  # (B, Hkv, Nk, D)
+    out,  # (B, H, Nq, D)
+    lse,  # (B, H, Nq) float32, contiguous
+    mask,  # uint8 or floating (B, H, Nq, Nk) with stride 0 where it broadcasts; see MASK
+    key_lengths,  # (B,) int32, if HAS_LENGTHS
+    seed,  # 0-d int64, if DROPOUT
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_ob: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
+    heads, n_queries, n_keys, diagonal,
+    scale_log2,  # |scale| * log2(e), positive
+    sign,  # of scale, 1.0 or -1.0
+    threshold: tl.uint32,  # of dropout
+    inverse_keep_p,  # 1 / (1 - p)
+    batch_offset, head_offset, query_offset, key_offset,  # of dropout's positions
+    GROUP: tl.constexpr,  # H / Hkv
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(n_queries, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    batch_head = tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # longest first: the last programs to start are then short
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    start_i = tile * BLOCK_M
+    key += batch * stride_kb + head // GROUP * stride_kh
+    value += batch * stride_vb + head // GROUP * stride_vh
+    if MASK != NO_MASK:
+        mask += batch * stride_mb + head * stride_mh
+    length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
+
+    # Keys [0, full) need no mask, [full, end) may, the rest are seen by no query of this tile.
+    full, end = length, length
+    if CAUSAL:
+        full = tl.minimum(full, tl.maximum(start_i + diagonal + 1, 0))
+        last = tl.minimum(start_i + BLOCK_M, n_queries) + diagonal
+        end = tl.minimum(end, tl.maximum(last, 0))
+    full = full // BLOCK_N * BLOCK_N
+
+    query += batch * stride_qb + head * stride_qh
+    q = load_rows(query, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+    # Exact; the scale itself is then positive and can be applied after the maximum.
+    q = (q * sign).to(q.dtype)
+    random_seed = 0
+    if DROPOUT:
+        random_seed = tl.load(seed)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for BOUNDARY in tl.static_range(2):
+        accumulator, row_max, row_sum = _attend(
+            accumulator, row_max, row_sum,
+            q, key, value, stride_kn, stride_vn, mask, stride_mi, stride_mj,
+            start_i, full if BOUNDARY else 0, end if BOUNDARY else full,
+            n_queries, length, diagonal, scale_log2,
+            random_seed, threshold, batch + batch_offset, head + head_offset,
+            query_offset, key_offset,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, PRECISION,
+        )  # fmt: skip
+
+    # A row with nothing to attend to has the sum 0 and the maximum -inf: O = 0, LSE = -inf.
+    empty = row_sum == 0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    if DROPOUT:
+        accumulator = accumulator * (inverse_keep_p / row_sum)[:, None]
+    else:
+        accumulator = accumulator / row_sum[:, None]
+    out += batch * stride_ob + head * stride_oh
+    store_rows(out, start_i, stride_on, n_queries, accumulator, DIM, BLOCK_M, BLOCK_D)
+    i = start_i + tl.arange(0, BLOCK_M)
+    row_lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    tl.store(lse + batch_head.to(tl.int64) * n_queries + i, row_lse, mask=i < n_queries)
