@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+QUICK = ("--retries", "1", "--timeout", "15")  # where there is another way if it fails
 
 # Prints the version of a torch that is new enough, else nothing.
 FIND_TORCH = """
@@ -110,10 +111,10 @@ def install_torch(python: str, pin: str) -> bool:
         return pip(python, pin)
     # On Linux the package index has the CUDA build under the plain version: gigabytes, for nothing.
     cpu = f"{pin}+cpu"
-    if pip(python, cpu):
+    if pip(python, cpu, *QUICK):
         return True
     say(f"no CPU build on the usual index; asking {CPU_INDEX}")
-    if pip(python, cpu, "--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "15"):
+    if pip(python, cpu, "--extra-index-url", CPU_INDEX, *QUICK):
         return True
     say("no CPU build could be had; the build of the package index is larger, but works too")
     return pip(python, pin)
@@ -126,13 +127,15 @@ def install(python: str, missing: list, torch: str) -> bool:
         if done.returncode:
             say(f"{sys.executable} has no pip (on Debian and Ubuntu: apt install python3-venv)")
             return False
+    patience: tuple = QUICK
     if not torch:
         if not install_torch(python, lines["torch"][0]):
             return False
         torch = output(python, "-c", FIND_TORCH)
+        patience = ()
     wanted = [line for name in missing if name != "torch" for line in lines[name]]
     # With torch named at the version that is there, pip has no reason to touch it.
-    return not wanted or pip(python, *wanted, f"torch=={torch}")
+    return not wanted or pip(python, *wanted, f"torch=={torch}", *patience)
 
 
 def main() -> int:
