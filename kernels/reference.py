@@ -147,3 +147,134 @@ def attention_bwd(
         _bnhd(grad_v.view(grouped).sum(2), value.dtype),
         grad_scores.sum_to_size(mask.shape).to(mask.dtype) if mask_grad else None,
     )
+
+
+# --- Dropout (Srivastava et al. 2014; kept elements are scaled, so that inference needs nothing) --
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _dropped_rows(tensor: Tensor, seed: "Tensor | None", p: float, tag: int) -> Tensor:
+    """keep / (1 - p) times a tensor, its last dimension being the rows' columns. What is dropped
+    gives 0 whatever it held."""
+    if seed is None:
+        return tensor
+    columns = tensor.shape[-1] if tensor.dim() else 1
+    keep = rng.rows_keep(seed, p, tensor.numel() // columns, columns, tag).view(tensor.shape)
+    return torch.where(keep, tensor / (1 - p), 0)
+
+
+def dropout_unsupported(*args: object) -> "str | None":
+    """The reference takes every call."""
+    return None
+
+
+def dropout_fwd(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x o keep / (1 - p)."""
+    out = _dropped_rows(x.to(_compute_dtype(x)), seed, p, rng.DROPOUT)
+    return out.to(x.dtype).contiguous()
+
+
+def dropout_bwd(grad_out: Tensor, seed: Tensor, p: float) -> Tensor:
+    """dx = dout o keep / (1 - p): the forward's own formula."""
+    return dropout_fwd(grad_out, seed, p)
+
+
+# --- Dropout + add + layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019) --------------
+
+
+def dropout_add_layer_norm_unsupported(*args: object) -> "str | None":
+    """The reference takes every call."""
+    return None
+
+
+def _norm_operand(
+    x: Tensor, residual: "Tensor | None", seed: "Tensor | None", p: float, z_dtype: torch.dtype
+) -> Tensor:
+    """z = residual + dropout(x), rounded to its dtype, to compute with."""
+    dtype = _compute_dtype(x)
+    z = _dropped_rows(x.to(dtype), seed, p, rng.DROPOUT_ADD_NORM)
+    if residual is not None:
+        z = z + residual
+    return z.to(z_dtype).to(dtype)
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,
+    residual: "Tensor | None",
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    seed: "Tensor | None",
+    dropout_p: float,
+    eps: float,
+    is_rms_norm: bool,
+    prenorm: bool,
+    z_dtype: torch.dtype,
+) -> tuple[Tensor, "Tensor | None", "Tensor | None", Tensor]:
+    """y = weight (z - mean(z)) rstd + bias, rstd = 1 / sqrt(mean((z - mean(z))^2) + eps).
+
+    RMS norm has no mean: y = weight z rstd + bias, rstd = 1 / sqrt(mean(z^2) + eps).
+    """
+    z = _norm_operand(x, residual, seed, dropout_p, z_dtype)
+    mean = None if is_rms_norm else z.mean(-1)
+    centred = z if mean is None else z - mean[..., None]
+    rstd = 1 / (centred.square().mean(-1) + eps).sqrt()
+    y = centred * rstd[..., None]
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).contiguous(), z.to(z_dtype).contiguous() if prenorm else None, mean, rstd
+
+
+def dropout_add_layer_norm_bwd(
+    grad_y: Tensor,
+    grad_z: "Tensor | None",
+    source: Tensor,
+    residual: "Tensor | None",
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    seed: "Tensor | None",
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    is_rms_norm: bool,
+    prenorm: bool,
+    z_dtype: torch.dtype,
+    residual_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]:
+    """With n = (z - mean) rstd and g = dy o weight:
+
+    dz' = rstd (g - mean(g) - n mean(g o n)) + dz; dresidual = dz'; dx = dz' o keep / (1 - p);
+    dweight = sum over rows of dy o n; dbias = sum over rows of dy. RMS norm has no mean(g).
+    """
+    dtype = _compute_dtype(source)
+    z = source.to(dtype)
+    if not prenorm:
+        z = _norm_operand(source, residual, seed, dropout_p, z_dtype)
+    normed = (z if is_rms_norm else z - mean[..., None]) * rstd[..., None]
+    upstream = grad_y.to(dtype)
+    grad_normed = upstream if weight is None else upstream * weight
+    grad = grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True)
+    if not is_rms_norm:
+        grad = grad - grad_normed.mean(-1, keepdim=True)
+    grad = grad * rstd[..., None]
+    if grad_z is not None:
+        grad = grad + grad_z
+    grad_x = _dropped_rows(grad, seed, dropout_p, rng.DROPOUT_ADD_NORM)
+    rows = (-1, source.shape[-1])
+    grad_weight = grad_bias = None
+    if weight is not None and weight_grad:
+        grad_weight = (upstream * normed).reshape(rows).sum(0).to(weight.dtype)
+    if bias is not None and bias_grad:
+        grad_bias = upstream.reshape(rows).sum(0).to(bias.dtype)
+    return (
+        grad_x.to(grad_y.dtype).contiguous(),
+        grad.to(z_dtype).contiguous() if residual_grad else None,
+        grad_weight,
+        grad_bias,
+    )
