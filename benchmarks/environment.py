@@ -1,0 +1,73 @@
+"""What a result was measured on: machine, versions, commit."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import fusedformer
+from fusedformer.kernels import rng
+
+
+def describe(device: str) -> dict:
+    """JSON-ready facts about the machine, the versions and the commit in use.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    commit = _git("rev-parse", "HEAD")
+    gpu = device == "cuda"
+    return {
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if gpu else cpu_name(),
+        "cpu_name": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "logical_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "compute_capability": list(torch.cuda.get_device_capability()) if gpu else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fusedformer": fusedformer.__version__,
+        "rng_version": rng.RNG_VERSION,
+        "commit": commit,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "-uno")) if commit else None,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker gives it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> "str | None":
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*args: str) -> "str | None":
+    # Only a checkout has setup.py and benchmarks/ side by side; an installed copy may sit inside
+    # a git repository that is someone else's.
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "setup.py").is_file() and not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

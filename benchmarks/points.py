@@ -1,0 +1,101 @@
+"""What is measured at one point of a sweep. These functions run inside worker processes."""
+
+import contextlib
+import time
+import warnings
+
+import torch
+
+from fusedformer.benchmarks import environment, memory, providers, timing, workers
+from fusedformer.benchmarks.providers import Case
+
+# Starts thread pools and pages code in without touching memory that would count.
+_TINY = 32
+
+
+def describe(device: str) -> dict:
+    """The environment as this process sees it; see environment.describe()."""
+    return environment.describe(device)
+
+
+def _warm(impl: str, case: Case) -> None:
+    small = case.at(seq=min(_TINY, case.seq))
+    forward, backward = providers.call(impl, small, providers.inputs(small))
+    backward(forward())
+
+
+def look(impls: list[str], case: Case) -> "tuple[dict[str, str], int | None]":
+    """What is known before a case runs: the backend of each implementation, the bytes to be had."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the row says what the warning would
+        size = (case.batch, case.heads, case.seq, case.head_dim)
+        dtype = providers.DTYPES[case.dtype]
+        # Never filled: choosing a backend looks at shapes alone.
+        like = torch.empty(size, dtype=dtype, device=case.device, requires_grad=True)
+        backends = {impl: providers.backend(impl, case, [like] * 4) for impl in impls}
+    return backends, memory.available(case.device)
+
+
+def peak_memory(impl: str, case: Case) -> dict:
+    """Peak bytes of a forward and of a forward with its backward, beyond the inputs.
+
+    Returns:
+        {"forward_bytes", "training_bytes" (None where not measurable), "baseline_bytes",
+        "seconds": of the one cold run}.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = providers.inputs(case)
+        _warm(impl, case)
+        forward, backward = providers.call(impl, case, tensors)
+        meter = memory.PeakMeter(case.device)
+        start = time.perf_counter()
+        out = forward()
+        forward_bytes = meter.extra()
+        grads = backward(out)
+        training_bytes = meter.extra()
+        seconds = time.perf_counter() - start
+        del out, grads
+    return {
+        "forward_bytes": forward_bytes,
+        "training_bytes": training_bytes,
+        "baseline_bytes": meter.baseline,
+        "seconds": seconds,
+    }
+
+
+def times(impls: list[str], case: Case, seconds: float, warmup: int) -> dict[str, workers.Outcome]:
+    """Forward and backward milliseconds of implementations interleaved; see timing.
+
+    Args:
+        seconds: how long to go on, at least one round.
+        warmup: full-size calls of each implementation before the first round.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = providers.inputs(case)
+        for impl in impls:
+            # One that fails does so again, and is recorded, when it is timed.
+            with contextlib.suppress(Exception):
+                _warm(impl, case)
+        found = timing.time_interleaved(
+            {impl: providers.call(impl, case, tensors) for impl in impls},
+            timing.clock_for(case.device),
+            seconds=seconds,
+            warmup=warmup,
+        )
+    return {
+        impl: workers.failure(result["error"])
+        if "error" in result
+        else workers.Outcome(
+            workers.OK, {phase: timing.summary(samples) for phase, samples in result.items()}
+        )
+        for impl, result in found.items()
+    }
+
+
+def errors(impl: str, case: Case) -> "dict[str, float] | None":
+    """Relative errors of an implementation; see providers.error_of()."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return providers.error_of(impl, case)

@@ -1,0 +1,134 @@
+"""``fusedformer profile attention``: how attention's time and memory grow, measured here.
+
+Sweeps the sequence length, and the head dimension at one length, for the implementations of
+providers.py, with and without causal and dropout; fits the exponents; writes a JSON file, a PNG
+chart and an HTML page. An interrupt keeps what was measured.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from fusedformer.benchmarks import options as options_module
+from fusedformer.benchmarks import page, points, providers, results, tables, terminal, workers
+from fusedformer.benchmarks.options import Options
+from fusedformer.benchmarks.sweep import Point, Sweep
+
+INTERRUPTED = 130
+
+# Errors are compared at the longest length of the sweep up to this one: float64 is slow.
+_ERROR_SEQ = 512
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the operations that can be profiled, each with its options."""
+    ops = parser.add_subparsers(dest="op", required=True, metavar="OP")
+    about = "time, memory and their growth with length and head dimension"
+    attention = ops.add_parser("attention", help=about, description=f"attention: {about}")
+    options_module.add_options(attention)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs one profile; returns the exit code.
+
+    Raises:
+        ValueError: an option is wrong; the text is one sentence that names it.
+    """
+    started = time.perf_counter()
+    options = options_module.parse(args)
+    with workers.Workers(fresh=options.device == "cpu") as pool:
+        environment = pool.run(points.describe, options.device)
+        if environment.status != workers.OK:
+            raise OSError(f"a worker process cannot start: {environment.reason}")
+        document = results.Document(
+            options.out / "attention.json",
+            options.as_dict(),
+            environment.value,
+            options.text.as_dict() if options.text else None,
+        )
+        print(page.setting(document.data), flush=True)
+        if options.text:
+            print(f"Lengths from {options.text.file}, counted in {options.text.unit}.", flush=True)
+        sweep = Sweep(list(options.impl), pool, options.budget, started)
+        try:
+            _measure(sweep, options, document)
+            state = "complete"
+        except KeyboardInterrupt:
+            state = "interrupted"
+    document.data["seconds"] = time.perf_counter() - started
+    document.finish(state)
+    written = _write(document, options.out)
+    terminal.show(tables.everything(document.data))
+    print()
+    for line in document.data["left_out"]:
+        print(f"Left out: {line}")
+    if state == "interrupted":
+        print("Interrupted: the files hold what was measured up to then.")
+    print(f"{document.data['seconds']:.0f} s. Written: {', '.join(map(str, written))}")
+    return INTERRUPTED if state == "interrupted" else 0
+
+
+def _measure(sweep: Sweep, options: Options, document: results.Document) -> None:
+    plan = options.plan()
+    with terminal.Progress(len(plan) + 1) as progress:
+        progress.step("errors against float64")
+        document.data["errors"] = _errors(sweep, options)
+        document.save()
+        for rows in sweep.run(plan, lambda point: progress.step(_describe(point))):
+            document.data["rows"] += rows
+            document.save()
+
+
+def _describe(point: Point) -> str:
+    case = point.case
+    what = results.variant_label(case.causal, case.dropout_p)
+    return f"N = {case.seq}, d = {case.head_dim}, {what}"
+
+
+def _errors(sweep: Sweep, options: Options) -> list[dict]:
+    short = [n for n in options.seq if n <= _ERROR_SEQ]
+    base = next(point.case for point in options.plan() if point.sweep == "seq")
+    base = base.at(seq=max(short) if short else _ERROR_SEQ)
+    found = []
+    for causal in options.causal:
+        for dropout_p in options.dropout:
+            case = base.at(causal=causal, dropout_p=dropout_p)
+            looked = sweep.pool.run(points.look, sweep.impls, case)
+            if looked.status != workers.OK:
+                continue
+            for impl, backend in looked.value[0].items():
+                outcome = sweep.pool.run(points.errors, impl, case)
+                if outcome.status == workers.OK and outcome.value is None:
+                    continue  # its dropout mask cannot be repeated
+                found.append(
+                    {
+                        "impl": impl,
+                        "label": providers.label(impl, backend),
+                        "causal": causal,
+                        "dropout_p": dropout_p,
+                        "seq": case.seq,
+                        "status": outcome.status,
+                        "reason": outcome.reason,
+                        **(outcome.value or {"forward": None, "backward": None}),
+                    }
+                )
+    return found
+
+
+def _write(document: results.Document, folder: Path) -> list[Path]:
+    """Writes chart and page beside the JSON file; what cannot be drawn goes to "left_out"."""
+    data, left_out = document.data, document.data["left_out"]
+    written = [document.path]
+    try:
+        from fusedformer.benchmarks import charts
+    except ImportError:
+        left_out.append("the PNG chart and the page's charts (matplotlib is not installed)")
+    else:
+        charts.png(data["rows"], page.setting(data), folder / "attention.png")
+        written.append(folder / "attention.png")
+    if not terminal.HAS_RICH:
+        left_out.append("the progress bar and ruled tables (rich is not installed)")
+    (folder / "attention.html").write_text(page.page(data), encoding="utf-8")
+    written.append(folder / "attention.html")
+    document.save()
+    return written

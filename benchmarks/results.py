@@ -1,0 +1,153 @@
+"""The result document of a profile: rows, fits, environment; a cut loses nothing measured."""
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+from fusedformer.benchmarks import fit, memory, workers
+
+SCHEMA_VERSION = 1
+
+# What is fitted: key -> (title, factor to the table's unit, floor in that unit, unit)
+QUANTITIES = {
+    "forward_ms": ("forward time", 1.0, 1.0, "ms"),
+    "backward_ms": ("backward time", 1.0, 1.0, "ms"),
+    "forward_bytes": ("forward memory", 2.0**-20, 1.0, "MiB"),
+    "training_bytes": ("peak memory", 2.0**-20, 1.0, "MiB"),
+}
+
+Series = tuple[str, bool, float]  # implementation, causal, dropout_p
+
+
+def value(row: dict, quantity: str) -> "float | None":
+    """A row's number in the table's unit (ms or MiB), or None where it was not measured."""
+    scale = QUANTITIES[quantity][1]
+    if quantity.endswith("_ms"):
+        return row[quantity]["median"] * scale if quantity in row else None
+    held = row.get("memory", {}).get(quantity)
+    return None if held is None else held * scale
+
+
+def series(rows: list[dict], sweep: str) -> "dict[Series, list[dict]]":
+    """The rows of a sweep by series, each in order of its x."""
+    found: dict[Series, list[dict]] = {}
+    for row in sorted((r for r in rows if r["sweep"] == sweep), key=lambda r: r[sweep]):
+        found.setdefault((row["impl"], row["causal"], row["dropout_p"]), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: item[0][1:]))
+
+
+def series_label(rows: list[dict]) -> str:
+    """The names of what ran in a series, as its rows have them."""
+    ran = [row["label"] for row in rows if row["status"] == workers.OK]
+    return " / ".join(dict.fromkeys(ran or [row["label"] for row in rows]))
+
+
+def variant_label(causal: bool, dropout_p: float) -> str:
+    """Such as "causal, dropout 0.1"."""
+    return f"{'causal' if causal else 'full'}, " + (
+        f"dropout {dropout_p:g}" if dropout_p else "no dropout"
+    )
+
+
+def fits(rows: list[dict]) -> list[dict]:
+    """The fitted exponent, or the reason for none, of every quantity of every series."""
+    found = []
+    for sweep in ("seq", "head_dim"):
+        for (impl, causal, dropout_p), members in series(rows, sweep).items():
+            for quantity, (_, _, floor, unit) in QUANTITIES.items():
+                points = [
+                    (row[sweep], measured)
+                    for row in members
+                    if (measured := value(row, quantity)) is not None and measured > 0
+                ]
+                law = fit.fit_series(points, floor, f"{floor:g} {unit}")
+                about = {
+                    "sweep": sweep,
+                    "impl": impl,
+                    "label": series_label(members),
+                    "causal": causal,
+                    "dropout_p": dropout_p,
+                    "quantity": quantity,
+                }
+                found.append(about | law)
+    return found
+
+
+def text_totals(rows: list[dict], bins: list[dict]) -> list[dict]:
+    """What a whole text costs each series: its bins' counts times the time at their length.
+
+    ``seconds`` is forward and backward over all paragraphs, one at a time; ``longest_share`` the
+    part of it spent in the longest bin; both None when a bin was not measured.
+    """
+    found = []
+    for (impl, causal, dropout_p), members in series(rows, "seq").items():
+        spent = {}
+        for row in members:
+            if "forward_ms" in row:
+                spent[row["seq"]] = row["forward_ms"]["median"] + row["backward_ms"]["median"]
+        missing = [part["length"] for part in bins if part["length"] not in spent]
+        costs = [part["count"] * spent.get(part["length"], 0.0) for part in bins]
+        found.append(
+            {
+                "impl": impl,
+                "label": series_label(members),
+                "causal": causal,
+                "dropout_p": dropout_p,
+                "seconds": None if missing else sum(costs) / 1e3,
+                "longest_share": None if missing else costs[-1] / sum(costs),
+                "not_measured": missing,
+            }
+        )
+    return found
+
+
+class Document:
+    """The document while it grows; save() replaces the file in one step.
+
+    Args:
+        path: the JSON file.
+        options: of the command, JSON-ready.
+        environment: of environment.describe().
+        text: of TextLengths.as_dict(), or None.
+    """
+
+    def __init__(self, path: Path, options: dict, environment: dict, text: "dict | None") -> None:
+        self.path = path
+        self.data: dict = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "profile attention",
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "state": "running",
+            "seconds": 0.0,
+            "options": options,
+            "environment": environment,
+            "memory_method": memory.METHODS[environment["device"]],
+            "text": text,
+            "errors": [],
+            "rows": [],
+            "fits": [],
+            "text_totals": [],
+            "left_out": [],
+        }
+
+    def finish(self, state: str) -> None:
+        """Computes what follows from the rows; ``state`` is "complete" or "interrupted"."""
+        self.data["state"] = state
+        self.data["fits"] = fits(self.data["rows"])
+        if self.data["text"]:
+            self.data["text_totals"] = text_totals(self.data["rows"], self.data["text"]["bins"])
+        self.save()
+
+    def save(self) -> None:
+        """Writes the document as it is."""
+        partial = self.path.with_name(self.path.name + ".part")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+def variants(rows: list[dict], sweep: str) -> Iterator[tuple[bool, float]]:
+    """The (causal, dropout_p) pairs of a sweep, in the order in which they are shown."""
+    seen = {(row["causal"], row["dropout_p"]) for row in rows if row["sweep"] == sweep}
+    yield from sorted(seen)

@@ -1,0 +1,122 @@
+"""Runs functions in other processes, so that a crash or a lack of memory is a result, not an end.
+
+On a CPU every call gets a fresh process. Where the system can fork, it is forked from a server
+that has imported torch and run nothing, which costs milliseconds instead of an import. CUDA cannot
+be used across a fork and its start is slow: there, one spawned process serves all calls and is
+replaced when it dies.
+"""
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fusedformer.benchmarks import memory
+
+# The second is what torch.autograd.grad imports at its first call: a quarter of a second.
+_PRELOAD = ["fusedformer.benchmarks.points", "torch.fx.experimental.symbolic_shapes"]
+
+OK, OUT_OF_MEMORY, FAILED = "ok", "out of memory", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a call: its value when status is "ok", else the reason in one line."""
+
+    status: str
+    value: Any = None
+    reason: str = ""
+
+
+def failure(error: BaseException) -> Outcome:
+    """The outcome of a call that raised."""
+    import torch
+
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")
+    # On a CPU torch raises a plain RuntimeError, known only by its text.
+    lacks = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    lacks = lacks or "can't allocate memory" in str(error)
+    return Outcome(OUT_OF_MEMORY if lacks else FAILED, reason=reason)
+
+
+def _serve(connection: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    memory.first_to_be_killed()
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            outcome = Outcome(OK, function(*args))
+        except Exception as error:
+            outcome = failure(error)
+        connection.send(outcome)
+
+
+class Workers:
+    """Runs calls one at a time in other processes; a context manager.
+
+    Args:
+        fresh: a new process for every call; else one for all calls.
+    """
+
+    def __init__(self, fresh: bool) -> None:
+        self._fresh = fresh
+        forks = fresh and "forkserver" in multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self._context.set_forkserver_preload(_PRELOAD)
+        self._process: Any = None
+        self._connection: Any = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+
+    def _start(self) -> None:
+        self._connection, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        self._connection.close()
+        self._process.join(2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process = None
+
+    def run(self, function: Callable, *args: Any) -> Outcome:
+        """function(*args) in another process; function is importable, its value picklable."""
+        if self._process is None:
+            self._start()
+        try:
+            self._connection.send((function, args))
+            outcome = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            outcome = _death(self._process.exitcode)
+            self._end()
+        except BaseException:  # an interrupt: the call may run on for long
+            self._process.kill()
+            self._end()
+            raise
+        if self._fresh:
+            self._end()
+        return outcome
+
+
+def _death(code: int) -> Outcome:
+    if code == -9:  # SIGKILL
+        return Outcome(
+            OUT_OF_MEMORY, reason="the process was killed, as a system out of memory does"
+        )
+    return Outcome(FAILED, reason=f"the process ended with exit code {code}")
