@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import fusedformer
 from fusedformer.kernels import dispatch
 
 SCHEMA_VERSION = 1
+WIDTH = 24  # of the column of ops: the longest name has 22 letters
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,7 @@ def _versions() -> dict[str, Any]:
         "triton_error": error_text,
         "triton_interpreted": interpreted,
         "os": platform.platform(),
+        "machine": f"{platform.system()} {platform.machine()}",
     }
 
 
@@ -111,6 +114,11 @@ def _op(op: str, device: str) -> dict[str, Any]:
     }
 
 
+def _indented(line: str) -> list[str]:
+    margin = " " * (WIDTH + 3)
+    return textwrap.wrap(line, 96, initial_indent=margin, subsequent_indent=margin + "  ")
+
+
 def text(report: dict[str, Any]) -> str:
     """The report as a person reads it."""
     versions = report["versions"]
@@ -122,7 +130,7 @@ def text(report: dict[str, Any]) -> str:
         triton += ", in its interpreter (TRITON_INTERPRET is set): slow, for tests"
     lines = [
         f"fusedformer {versions['fusedformer']}",
-        f"python      {versions['python']}, {versions['os']}",
+        f"python      {versions['python']} on {versions['machine']}",
         f"torch       {versions['torch']} ({built_for})",
         f"triton      {triton}",
     ]
@@ -132,12 +140,12 @@ def text(report: dict[str, Any]) -> str:
         for row in report["ops"]:
             if row["device"] != device["name"]:
                 continue
-            lines.append(f"  {row['op']:<24} runs on {row['automatic']}")
+            lines.append(f"  {row['op']:<{WIDTH}} runs on {row['automatic']}")
             for name, backend in row["backends"].items():
                 if backend["reason"]:
-                    lines.append(f"  {'':<24} not on {name}: {backend['reason']}")
+                    lines += _indented(f"not on {name}: {backend['reason']}")
                 elif name != row["automatic"]:
-                    lines.append(f"  {'':<24} also on {name}")
+                    lines += _indented(f"also on {name}")
                 if backend["import_error"]:
                     errors[f"{name} {row['op']}"] = backend["import_error"]
     for what, error in errors.items():
