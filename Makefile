@@ -1,6 +1,7 @@
 # make profile    how attention's cost grows on this machine, measured
 # make test       the fast tests
 # make test-all   the fast tests, then the slow ones
+# make bench      the profile at head dimensions 64 and 128, without its limit on time
 # make lint       ruff and mypy
 # make clean      removes .venv and everything else that can be made again
 #
@@ -17,13 +18,19 @@ BIN = $(VENV)/bin
 # Two workers where pytest-xdist is there, one where it is not.
 PYTEST = $(BIN)/python -m pytest $$($(BIN)/python -c "import xdist; print('-n $(WORKERS)')" 2>/dev/null)
 
-.PHONY: setup profile test test-slow test-all lint clean
+.PHONY: setup profile bench test test-slow test-all lint clean
 
 setup:
 	@$(PYTHON) tools/setup_venv.py $(VENV)
 
 profile: setup
 	$(BIN)/python -m fusedformer profile attention $(ARGS)
+
+bench: setup
+	for dim in 64 128; do \
+	    $(BIN)/python -m fusedformer profile attention --head-dim $$dim --head-dim-sweep 0 \
+	        --budget 86400 --out profile/bench-$$dim $(ARGS) || exit; \
+	done
 
 test: setup
 	$(PYTEST) -m "not slow" $(ARGS)
