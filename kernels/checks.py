@@ -43,17 +43,17 @@ def check_tensor(
         )
 
 
-def check_dropout_p(op: str, p: object) -> None:
-    """Raises unless p is a number in [0, 1].
+def check_dropout_p(op: str, p: object, name: str = "dropout_p") -> None:
+    """Raises unless p, an argument called ``name``, is a number in [0, 1].
 
     Raises:
         TypeError: not a number.
         ValueError: below 0, above 1 or NaN.
     """
     if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{op}: dropout_p must be a number from 0 to 1; got {p!r}")
+        raise TypeError(f"{op}: {name} must be a number from 0 to 1; got {p!r}")
     if not 0 <= p <= 1:
-        raise ValueError(f"{op}: dropout_p must be from 0 to 1; got {p}")
+        raise ValueError(f"{op}: {name} must be from 0 to 1; got {p}")
 
 
 def autocast(op: str, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -226,7 +226,9 @@ def dropout_add_layer_norm_fwd(
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).contiguous(), z.to(z_dtype).contiguous() if prenorm else None, mean, rstd
+    # z may still be x itself, and an output is a fresh tensor.
+    out_z = z.to(z_dtype).clone(memory_format=torch.contiguous_format) if prenorm else None
+    return y.to(x.dtype).contiguous(), out_z, mean, rstd
 
 
 def dropout_add_layer_norm_bwd(

@@ -57,6 +57,21 @@ def unsupported_device(device: torch.device) -> "str | None":
     return None
 
 
+def unsupported_rows(*tensors: "torch.Tensor | None") -> "str | None":
+    """Why kernels that work on rows cannot take these tensors, the first one not None; or None."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"{tensor.dtype} runs on the reference backend only"
+        if tensor.dtype == torch.bfloat16 and INTERPRETED:
+            return "Triton's interpreter does not round to bfloat16 as a GPU does"
+        if tensor.numel() >= 2**40 or (tensor.dim() and tensor.shape[-1] >= 2**30):
+            return "2^40 elements, or 2^30 columns, or more"
+    assert tensors[0] is not None
+    return unsupported_device(tensors[0].device)
+
+
 @functools.cache
 def _chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
