@@ -79,7 +79,7 @@ def rows_keep(
         seed,
         zero + (call & 0xFFFFFFFF).to(tl.uint32),
         zero + (row & 0xFFFFFFFF).to(tl.uint32),
-        zero + ((TAG << 16) + (row >> 32)).to(tl.uint32),
+        zero + ((row >> 32) + (TAG << 16)).to(tl.uint32),
         zero + (call >> 32).to(tl.uint32),
     )
     words = tl.reshape(words, ROWS, COLUMNS // 16, 1, 4)
