@@ -4,6 +4,8 @@ Computes in float32, or in float64 when an input is float64. Memory is that of t
 attention's is quadratic. Runs on every device that PyTorch has.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -280,3 +282,119 @@ def dropout_add_layer_norm_bwd(
         grad_weight,
         grad_bias,
     )
+
+
+# --- Bias + activation + dropout (GELU: Hendrycks & Gimpel 2016; SiLU: Elfwing et al. 2017) -------
+
+
+def _activation(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """act(z) and act'(z)."""
+    if activation == "relu":
+        return z.relu(), (z > 0).to(z.dtype)
+    if activation == "silu":  # z s(z), s the logistic function
+        s = z.sigmoid()
+        return z * s, s * (1 + z * (1 - s))
+    if activation == "gelu":  # z Phi(z), Phi(z) = P(X <= z) of a standard normal X
+        cdf = torch.erfc(z * -math.sqrt(0.5)) / 2
+        return z * cdf, cdf + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    # z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3), and (1 + tanh u) / 2 = s(2 u).
+    s = (2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).sigmoid()
+    return z * s, s + z * s * (1 - s) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+
+
+def _biased(x: Tensor, bias: "Tensor | None") -> Tensor:
+    z = x.to(_compute_dtype(x))
+    return z if bias is None else z + bias
+
+
+bias_activation_unsupported = attention_unsupported
+
+
+def bias_activation_fwd(
+    x: Tensor, bias: "Tensor | None", seed: "Tensor | None", activation: str, dropout_p: float
+) -> Tensor:
+    """act(x + bias) o keep / (1 - p)."""
+    out = _activation(_biased(x, bias), activation)[0]
+    return _dropped_rows(out, seed, dropout_p, rng.BIAS_ACTIVATION).to(x.dtype).contiguous()
+
+
+def bias_activation_bwd(
+    grad_out: Tensor,
+    x: Tensor,
+    bias: "Tensor | None",
+    seed: "Tensor | None",
+    activation: str,
+    dropout_p: float,
+    bias_grad: bool,
+) -> tuple[Tensor, "Tensor | None"]:
+    """dx = (dout o keep / (1 - p)) o act'(x + bias); dbias = dx, summed over rows."""
+    z = _biased(x, bias)
+    grad = _dropped_rows(grad_out.to(z.dtype), seed, dropout_p, rng.BIAS_ACTIVATION)
+    grad = grad * _activation(z, activation)[1]
+    grad_bias = None
+    if bias is not None and bias_grad:
+        grad_bias = grad.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
+    return grad.to(x.dtype).contiguous(), grad_bias
+
+
+# --- Cross-entropy with label smoothing (Szegedy et al. 2016) and class weights -------------------
+
+
+cross_entropy_unsupported = attention_unsupported
+
+
+def _targets(
+    logits: Tensor, target: Tensor, weight: "Tensor | None", ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Which rows are ignored, which have a bad target, the targets that can index, the class
+    weights (V,), and the weight of each row: w_t, or 0 where it is ignored or bad."""
+    ignored = target == ignore_index
+    bad = ((target < 0) | (target >= logits.shape[-1])) & ~ignored
+    index = target.masked_fill(ignored | bad, 0).long()
+    if weight is None:
+        weight = logits.new_ones(logits.shape[-1])
+    weight = weight.to(_compute_dtype(logits))
+    return ignored, bad, index, weight, weight[index].masked_fill(ignored | bad, 0)
+
+
+def cross_entropy_fwd(
+    logits: Tensor, target: Tensor, weight: "Tensor | None", ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With LSE = log sum_j exp(x_j) and w the class weights, a row with target t has the loss
+
+    (1 - smoothing) w_t (LSE - x_t) + smoothing / V sum_j w_j (LSE - x_j).
+
+    Gives losses, rows' weights w_t and LSE. An ignored row has 0, 0; one with a bad target NaN, 0.
+    """
+    x = logits.to(_compute_dtype(logits))
+    ignored, bad, index, weight, row_weights = _targets(logits, target, weight, ignore_index)
+    lse = x.logsumexp(-1)
+    surprise = lse[..., None] - x  # -log softmax
+    losses = (1 - smoothing) * row_weights * surprise.gather(-1, index[..., None])[..., 0]
+    if smoothing > 0:
+        losses = losses + smoothing / x.shape[-1] * (weight * surprise).sum(-1)
+    return losses.masked_fill(ignored, 0).masked_fill(bad, torch.nan), row_weights, lse
+
+
+def cross_entropy_bwd(
+    grad_losses: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: "Tensor | None",
+    ignore_index: int,
+    smoothing: float,
+    overwrite: bool = False,
+) -> Tensor:
+    """dx_j = dloss (A softmax(x)_j - (1 - smoothing) w_t [j = t] - smoothing / V w_j), where
+
+    A = (1 - smoothing) w_t + smoothing / V sum_j w_j. Written over the logits if asked.
+    """
+    x = logits.to(_compute_dtype(logits))
+    ignored, bad, index, weight, row_weights = _targets(logits, target, weight, ignore_index)
+    uniform = smoothing / x.shape[-1] * weight
+    share = (1 - smoothing) * row_weights[..., None]
+    grad = (share + uniform.sum()) * torch.exp(x - lse[..., None]) - uniform
+    grad = grad.scatter_add(-1, index[..., None], -share) * grad_losses[..., None]
+    grad = grad.masked_fill(ignored[..., None], 0).masked_fill(bad[..., None], torch.nan)
+    return logits.copy_(grad) if overwrite else grad.to(logits.dtype).contiguous()
