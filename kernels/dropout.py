@@ -34,7 +34,9 @@ def _fake(tensor, seed, p, backend):
 
 _ARGS = "Tensor seed, float p, str backend"
 dispatch.define("dropout", "dropout", f"dropout_fwd(Tensor x, {_ARGS}) -> Tensor", _fwd, _fake)
-dispatch.define("dropout", "dropout", f"dropout_bwd(Tensor grad_out, {_ARGS}) -> Tensor", _bwd, _fake)
+dispatch.define(
+    "dropout", "dropout", f"dropout_bwd(Tensor grad_out, {_ARGS}) -> Tensor", _bwd, _fake
+)
 
 
 class _Dropout(torch.autograd.Function):

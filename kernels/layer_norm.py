@@ -131,7 +131,9 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, bias, seed, dropout_p, _, is_rms_norm, prenorm, z_dtype, backend = inputs
+        x, residual, weight, bias, seed, dropout_p, _, is_rms_norm, prenorm, z_dtype, backend = (
+            inputs
+        )
         _, z, mean, rstd = output
         source, kept = (z, None) if prenorm else (x, residual)
         ctx.save_for_backward(source, kept, weight, bias, seed, mean, rstd)

@@ -1,0 +1,213 @@
+"""Dropout + add + layer norm on Triton: launch configurations and launches.
+
+The kernels are in layer_norm_forward.py and layer_norm_backward.py. Each tensor is read and written
+once while a row fits on chip; wider rows are walked in blocks, twice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedformer.kernels import rng
+from fusedformer.kernels.triton.launch import chip, launch, unsupported_device, unsupported_rows
+from fusedformer.kernels.triton.layer_norm_backward import (
+    layer_norm_bwd_kernel,
+    layer_norm_weight_grads_kernel,
+    layer_norm_wide_bwd_kernel,
+)
+from fusedformer.kernels.triton.layer_norm_forward import (
+    layer_norm_fwd_kernel,
+    layer_norm_wide_fwd_kernel,
+)
+
+__all__ = [
+    "dropout_add_layer_norm_bwd",
+    "dropout_add_layer_norm_fwd",
+    "dropout_add_layer_norm_unsupported",
+    "unsupported_device",
+]
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch configuration: a tile of rows by block elements, and how many warps share it."""
+
+    rows: int
+    block: int
+    warps: int
+    wide: bool  # a row is more than one block
+
+
+def _one_block(width: int) -> Config:
+    # 2048 elements and 4 warps, or one row and as many warps as its width wants: 16 elements a
+    # thread are one Philox call and, in 16 bits, two accesses of 16 bytes a tensor.
+    block = max(16, triton.next_power_of_2(width))
+    rows = max(1, 2048 // block)
+    return Config(rows, block, min(16, rows * block // 512), wide=False)
+
+
+def forward_config(width: int) -> Config:
+    """Tiles of the forward."""
+    # 16384 columns are 32 elements a thread of 16 warps; more would spill.
+    return _one_block(width) if width <= 16384 else Config(1, 4096, 8, wide=True)
+
+
+def backward_config(width: int) -> Config:
+    """Tiles of the backward, which holds the sums of two gradients beside its tile."""
+    # Four rows share the traffic of the weight sums that a wide row cannot keep in registers.
+    return _one_block(width) if width <= 8192 else Config(4, 1024, 8, wide=True)
+
+
+def backward_programs(n_rows: int, config: Config, device: torch.device) -> int:
+    """How many programs share the rows, and so how many rows of weight sums there are.
+
+    16 warps a multiprocessor: what 128 registers a thread leave room for at once.
+    """
+    most = chip(device).multiprocessors * max(1, 16 // config.warps)
+    return min(triton.cdiv(n_rows, config.rows), most)
+
+
+def dropout_add_layer_norm_unsupported(
+    x: Tensor,
+    residual: "Tensor | None",
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    *rest: object,
+) -> "str | None":
+    """Why these kernels cannot take a call, or None."""
+    return unsupported_rows(x, residual, weight, bias)
+
+
+def _rows(tensor: "Tensor | None", width: int) -> "tuple[Tensor | None, int]":
+    """The tensor as rows of unit stride, copied only where it has none, and their stride."""
+    if tensor is None:
+        return None, 0
+    rows = tensor.reshape(-1, width)
+    if rows.stride(1) != 1 and width > 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
+
+
+def _vector(tensor: "Tensor | None") -> "Tensor | None":
+    return None if tensor is None else tensor.contiguous()
+
+
+def _dropout_arguments(seed: "Tensor | None", p: float) -> tuple[int, float]:
+    return (0, 1.0) if seed is None else (rng.threshold(p), 1 / (1 - p))
+
+
+def _empty(like: Tensor, shape: "torch.Size | tuple[int, ...]", dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,
+    residual: "Tensor | None",
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    seed: "Tensor | None",
+    dropout_p: float,
+    eps: float,
+    is_rms_norm: bool,
+    prenorm: bool,
+    z_dtype: torch.dtype,
+) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor]":
+    """(y, z, mean, rstd), as reference.dropout_add_layer_norm_fwd."""
+    width = x.shape[-1]
+    n_rows = x.numel() // width
+    config = forward_config(width)
+    x_rows, x_stride = _rows(x, width)
+    residual_rows, residual_stride = _rows(residual, width)
+    y = _empty(x, x.shape, x.dtype)
+    z = _empty(x, x.shape, z_dtype) if prenorm else None
+    mean = None if is_rms_norm else _empty(x, x.shape[:-1], torch.float32)
+    rstd = _empty(x, x.shape[:-1], torch.float32)
+    launch(
+        layer_norm_wide_fwd_kernel if config.wide else layer_norm_fwd_kernel,
+        (triton.cdiv(n_rows, config.rows),),
+        *(x_rows, residual_rows, _vector(weight), _vector(bias), seed, y, z, mean, rstd),
+        *(x_stride, residual_stride, n_rows, width),
+        *_dropout_arguments(seed, dropout_p),
+        eps,
+        Z_DTYPE=TRITON_DTYPES[z_dtype],
+        ROWS=config.rows,
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
+    return y, z, mean, rstd
+
+
+def _add_up(sums: list[Tensor], grads: list[Tensor]) -> None:
+    """Each gradient from its sums, a row a program, in a fixed order; one launch for both."""
+    programs, width = sums[0].shape
+    launch(
+        layer_norm_weight_grads_kernel,
+        (triton.cdiv(width, 32),),
+        *(sums[0], grads[0], *((sums[1], grads[1]) if len(sums) > 1 else (None, None))),
+        programs,
+        width,
+        PROGRAMS=64,
+        BLOCK=32,
+        num_warps=4,
+    )
+
+
+def dropout_add_layer_norm_bwd(
+    grad_y: Tensor,
+    grad_z: "Tensor | None",
+    source: Tensor,
+    residual: "Tensor | None",
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    seed: "Tensor | None",
+    mean: "Tensor | None",
+    rstd: Tensor,
+    dropout_p: float,
+    is_rms_norm: bool,
+    prenorm: bool,
+    z_dtype: torch.dtype,
+    residual_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]":
+    """(dx, dresidual, dweight, dbias), as reference.dropout_add_layer_norm_bwd."""
+    width = source.shape[-1]
+    n_rows = source.numel() // width
+    config = backward_config(width)
+    programs = backward_programs(n_rows, config, source.device)
+    source_rows, source_stride = _rows(source, width)
+    residual_rows, residual_stride = _rows(residual, width)
+    grad_y_rows, grad_y_stride = _rows(grad_y, width)
+    grad_z_rows, grad_z_stride = _rows(grad_z, width)
+    grad_x = _empty(source, source.shape, grad_y.dtype)
+    grad_residual = _empty(source, source.shape, z_dtype) if residual_grad else None
+    parameters = ((weight, weight_grad), (bias, bias_grad))
+    sums = [
+        _empty(source, (programs, width), torch.float32) if want else None for _, want in parameters
+    ]
+    grads = [_empty(source, p.shape, p.dtype) if want else None for p, want in parameters]
+    launch(
+        layer_norm_wide_bwd_kernel if config.wide else layer_norm_bwd_kernel,
+        (programs,),
+        *(source_rows, residual_rows, _vector(weight), seed, mean, rstd, grad_y_rows, grad_z_rows),
+        *(grad_x, grad_residual, *sums),
+        *(source_stride, residual_stride, grad_y_stride, grad_z_stride, n_rows, width),
+        *_dropout_arguments(seed, dropout_p),
+        PRENORM=prenorm,
+        Z_DTYPE=TRITON_DTYPES[z_dtype],
+        ROWS=config.rows,
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
+    if weight_grad or bias_grad:
+        _add_up([s for s in sums if s is not None], [g for g in grads if g is not None])
+    return grad_x, grad_residual, *grads

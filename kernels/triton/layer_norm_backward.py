@@ -1,0 +1,203 @@
+"""The backward kernels of dropout + add + layer norm.
+
+A program walks many tiles of rows and sums their weight gradients; the sums of all programs are
+added up in a fixed order by another kernel. No atomics: the result is bitwise repeatable.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedformer.kernels.triton.layer_norm_forward import (
+    added,
+    dropped,
+    keep_tile,
+    load_tile,
+    load_vector,
+    store_tile,
+)
+
+
+@triton.jit
+def _normed_tile(
+    grad_y_ptr, source_ptr, residual_ptr, seed_ptr, grad_y_stride, source_stride, residual_stride,
+    mean, rstd, threshold, scale, rows, start, columns, inside,
+    PRENORM: tl.constexpr, Z_DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dy, n = (z - mean) rstd and the mask of a tile."""
+    grad_y = load_tile(grad_y_ptr, rows, grad_y_stride, columns, inside)
+    source = load_tile(source_ptr, rows, source_stride, columns, inside)
+    residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
+    keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
+    z = source
+    if not PRENORM:
+        z = added(source, residual, keep, scale, Z_DTYPE)
+    return grad_y, (z - mean[:, None]) * rstd[:, None], keep
+
+
+@triton.jit
+def _row_statistics(mean_ptr, rstd_ptr, rows, inside, ROWS: tl.constexpr):
+    rstd = tl.load(rstd_ptr + rows, mask=inside, other=0.0)
+    if mean_ptr is None:
+        mean = tl.zeros([ROWS], tl.float32)
+    else:
+        mean = tl.load(mean_ptr + rows, mask=inside, other=0.0)
+    return mean, rstd
+
+
+@triton.jit(do_not_specialize=["n_rows", "threshold"])
+def layer_norm_bwd_kernel(
+    source_ptr,  # (n_rows, width): z if PRENORM, else x
+    residual_ptr,  # the same or None
+    weight_ptr,  # (width,) or None
+    seed_ptr,  # int64, or None: no dropout
+    mean_ptr,  # (n_rows,) float32, or None: RMS norm
+    rstd_ptr,  # (n_rows,) float32
+    grad_y_ptr,  # (n_rows, width)
+    grad_z_ptr,  # the same or None
+    grad_x_ptr,  # (n_rows, width), contiguous
+    grad_residual_ptr,  # the same or None
+    weight_sums_ptr,  # (programs, width) float32, or None
+    bias_sums_ptr,  # the same or None
+    source_stride: tl.int64,
+    residual_stride: tl.int64,
+    grad_y_stride: tl.int64,
+    grad_z_stride: tl.int64,
+    n_rows: tl.int64,
+    width: tl.int32,
+    threshold: tl.uint32,
+    scale,  # 1 / (1 - p)
+    PRENORM: tl.constexpr,
+    Z_DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # >= width
+):
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    column_inside = columns < width
+    weight = load_vector(weight_ptr, columns, column_inside, 1.0)
+    weight_sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    bias_sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        row_inside = rows < n_rows
+        inside = row_inside[:, None] & column_inside[None, :]
+        mean, rstd = _row_statistics(mean_ptr, rstd_ptr, rows, row_inside, ROWS)
+        grad_z = load_tile(grad_z_ptr, rows, grad_z_stride, columns, inside)
+        grad_y, normed, keep = _normed_tile(
+            grad_y_ptr, source_ptr, residual_ptr, seed_ptr, grad_y_stride, source_stride,
+            residual_stride, mean, rstd, threshold, scale, rows, 0, columns, inside,
+            PRENORM, Z_DTYPE, ROWS, BLOCK,
+        )  # fmt: skip
+        if weight_sums_ptr is not None:
+            weight_sums += grad_y * normed
+        if bias_sums_ptr is not None:
+            bias_sums += grad_y
+        grad_normed = grad_y * weight
+        grad = grad_normed - normed * (tl.sum(grad_normed * normed, 1) / width)[:, None]
+        if mean_ptr is not None:
+            grad -= (tl.sum(grad_normed, 1) / width)[:, None]
+        grad = grad * rstd[:, None] + grad_z
+        store_tile(grad_residual_ptr, rows, width, columns, inside, grad)
+        grad = dropped(grad, keep, scale)
+        store_tile(grad_x_ptr, rows, width, columns, inside, grad)
+    sums_at = program.to(tl.int64) * width + columns
+    if weight_sums_ptr is not None:
+        tl.store(weight_sums_ptr + sums_at, tl.sum(weight_sums, 0), mask=column_inside)
+    if bias_sums_ptr is not None:
+        tl.store(bias_sums_ptr + sums_at, tl.sum(bias_sums, 0), mask=column_inside)
+
+
+@triton.jit
+def _accumulate(ptr, at, started, inside, addend):
+    if ptr is not None:
+        before = tl.load(ptr + at, mask=inside & started, other=0.0)
+        tl.store(ptr + at, before + addend, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_rows", "threshold"])
+def layer_norm_wide_bwd_kernel(
+    source_ptr, residual_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr, grad_y_ptr, grad_z_ptr,
+    grad_x_ptr, grad_residual_ptr, weight_sums_ptr, bias_sums_ptr,
+    source_stride: tl.int64, residual_stride: tl.int64, grad_y_stride: tl.int64,
+    grad_z_stride: tl.int64, n_rows: tl.int64, width: tl.int32, threshold: tl.uint32, scale,
+    PRENORM: tl.constexpr, Z_DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """layer_norm_bwd_kernel for rows wider than a block: row sums first, then a second walk.
+
+    A program's weight sums lie in memory, its own row of them; several rows a tile make that
+    little traffic.
+    """
+    program = tl.program_id(0)
+    for tile in range(program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        row_inside = rows < n_rows
+        mean, rstd = _row_statistics(mean_ptr, rstd_ptr, rows, row_inside, ROWS)
+        sums = tl.zeros([ROWS], tl.float32)
+        products = tl.zeros([ROWS], tl.float32)
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            column_inside = columns < width
+            inside = row_inside[:, None] & column_inside[None, :]
+            grad_y, normed, _ = _normed_tile(
+                grad_y_ptr, source_ptr, residual_ptr, seed_ptr, grad_y_stride, source_stride,
+                residual_stride, mean, rstd, threshold, scale, rows, start, columns, inside,
+                PRENORM, Z_DTYPE, ROWS, BLOCK,
+            )  # fmt: skip
+            grad_normed = grad_y * load_vector(weight_ptr, columns, column_inside, 1.0)
+            sums += tl.sum(grad_normed, 1)
+            products += tl.sum(grad_normed * normed, 1)
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            column_inside = columns < width
+            inside = row_inside[:, None] & column_inside[None, :]
+            grad_z = load_tile(grad_z_ptr, rows, grad_z_stride, columns, inside)
+            grad_y, normed, keep = _normed_tile(
+                grad_y_ptr, source_ptr, residual_ptr, seed_ptr, grad_y_stride, source_stride,
+                residual_stride, mean, rstd, threshold, scale, rows, start, columns, inside,
+                PRENORM, Z_DTYPE, ROWS, BLOCK,
+            )  # fmt: skip
+            sums_at = program.to(tl.int64) * width + columns
+            started = tile > program
+            _accumulate(
+                weight_sums_ptr, sums_at, started, column_inside, tl.sum(grad_y * normed, 0)
+            )
+            _accumulate(bias_sums_ptr, sums_at, started, column_inside, tl.sum(grad_y, 0))
+            grad_normed = grad_y * load_vector(weight_ptr, columns, column_inside, 1.0)
+            grad = grad_normed - normed * (products / width)[:, None]
+            if mean_ptr is not None:
+                grad -= (sums / width)[:, None]
+            grad = grad * rstd[:, None] + grad_z
+            store_tile(grad_residual_ptr, rows, width, columns, inside, grad)
+            grad = dropped(grad, keep, scale)
+            store_tile(grad_x_ptr, rows, width, columns, inside, grad)
+        # The sums of this tile are read by the next one.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _add_up(sums_ptr, grad_ptr, programs, width, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([PROGRAMS, BLOCK], tl.float32)
+    for start in range(0, programs, PROGRAMS):
+        program = (start + tl.arange(0, PROGRAMS)).to(tl.int64)
+        inside = (program < programs)[:, None] & (columns < width)[None, :]
+        total += load_tile(sums_ptr, program, width, columns, inside)
+    grad = tl.sum(total, 0).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + columns, grad, mask=columns < width)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def layer_norm_weight_grads_kernel(
+    sums_ptr,  # (programs, width) float32: of the weight or of the bias
+    grad_ptr,  # (width,)
+    more_sums_ptr,  # the same for the other one, or None
+    more_grad_ptr,
+    programs: tl.int32,
+    width: tl.int32,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums over programs, in a fixed order."""
+    _add_up(sums_ptr, grad_ptr, programs, width, PROGRAMS, BLOCK)
+    if more_sums_ptr is not None:
+        _add_up(more_sums_ptr, more_grad_ptr, programs, width, PROGRAMS, BLOCK)
