@@ -13,6 +13,8 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
 
 from fusedformer.kernels.attention import attention, scaled_dot_product_attention
 from fusedformer.kernels.dispatch import available_backends, use_backend
+from fusedformer.kernels.dropout import dropout
+from fusedformer.kernels.layer_norm import dropout_add_layer_norm, layer_norm, rms_norm
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,10 @@ __all__ = [
     "__version__",
     "attention",
     "available_backends",
+    "dropout",
+    "dropout_add_layer_norm",
+    "layer_norm",
+    "rms_norm",
     "scaled_dot_product_attention",
     "use_backend",
 ]

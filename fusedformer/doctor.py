@@ -14,7 +14,6 @@ import fusedformer
 from fusedformer.kernels import dispatch
 
 SCHEMA_VERSION = 1
-WIDTH = 24  # of the column of ops: the longest name has 22 letters
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -114,13 +113,12 @@ def _op(op: str, device: str) -> dict[str, Any]:
     }
 
 
-def _indented(line: str) -> list[str]:
-    margin = " " * (WIDTH + 3)
+def _wrapped(line: str, margin: str) -> list[str]:
     return textwrap.wrap(line, 96, initial_indent=margin, subsequent_indent=margin + "  ")
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report as a person reads it."""
+    """The report as a person reads it; ops that fare alike share their lines."""
     versions = report["versions"]
     built_for = f"CUDA {versions['torch_cuda']}" if versions["torch_cuda"] else "CPU only"
     if versions["torch_hip"]:
@@ -134,20 +132,32 @@ def text(report: dict[str, Any]) -> str:
         f"torch       {versions['torch']} ({built_for})",
         f"triton      {triton}",
     ]
-    errors = {}
     for device in report["devices"]:
         lines += ["", f"{device['name']}: {device['model']} ({device['capability']})"]
+        alike: dict[tuple[str, ...], list[str]] = {}
         for row in report["ops"]:
-            if row["device"] != device["name"]:
-                continue
-            lines.append(f"  {row['op']:<{WIDTH}} runs on {row['automatic']}")
-            for name, backend in row["backends"].items():
-                if backend["reason"]:
-                    lines += _indented(f"not on {name}: {backend['reason']}")
-                elif name != row["automatic"]:
-                    lines += _indented(f"also on {name}")
-                if backend["import_error"]:
-                    errors[f"{name} {row['op']}"] = backend["import_error"]
+            if row["device"] == device["name"]:
+                alike.setdefault(tuple(_verdicts(row)), []).append(row["op"])
+        for verdicts, ops in alike.items():
+            lines += _wrapped(", ".join(ops), "  ")
+            lines += [line for verdict in verdicts for line in _wrapped(verdict, "      ")]
+    errors = {
+        f"{name} {row['op']}": backend["import_error"]
+        for row in report["ops"]
+        for name, backend in row["backends"].items()
+        if backend["import_error"]
+    }
     for what, error in errors.items():
         lines += ["", f"import of {what} failed:", error.rstrip()]
     return "\n".join(lines)
+
+
+def _verdicts(row: dict[str, Any]) -> list[str]:
+    """One line for each backend of an op on a device, the automatic choice first."""
+    verdicts = [f"runs on {row['automatic']}"]
+    for name, backend in row["backends"].items():
+        if backend["reason"]:
+            verdicts.append(f"not on {name}: {backend['reason']}")
+        elif name != row["automatic"]:
+            verdicts.append(f"also on {name}")
+    return verdicts
