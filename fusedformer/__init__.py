@@ -11,6 +11,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
     # copy has them inside it.
     __path__.append(str(_here.parent))
 
+from fusedformer.kernels.activation import bias_activation
 from fusedformer.kernels.attention import attention, scaled_dot_product_attention
 from fusedformer.kernels.dispatch import available_backends, use_backend
 from fusedformer.kernels.dropout import dropout
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "attention",
     "available_backends",
+    "bias_activation",
     "dropout",
     "dropout_add_layer_norm",
     "layer_norm",

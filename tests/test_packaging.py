@@ -27,6 +27,8 @@ USE = """
 import torch
 q = torch.randn(1, 2, 5, 4)
 assert fusedformer.attention(q, q, q, causal=True, dropout_p=0.5).shape == q.shape
+assert fusedformer.dropout_add_layer_norm(q, q, dropout_p=0.5).shape == q.shape
+assert fusedformer.bias_activation(fusedformer.dropout(q)).shape == q.shape
 """
 
 
@@ -94,6 +96,13 @@ def test_public_names_exist():
     assert sorted(fusedformer.__all__) == fusedformer.__all__
     assert all(hasattr(fusedformer, name) for name in fusedformer.__all__)
     assert set(dispatch.OPS) <= set(fusedformer.__all__)
+
+
+def test_readme():
+    text = (ROOT / "README.md").read_text()
+    for name in fusedformer.__all__:
+        assert name == "__version__" or re.search(rf"`[^`\n]*\b{name}\b", text), name
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
 
 
 # --- A checkout -----------------------------------------------------------------------------------
