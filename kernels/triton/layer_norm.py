@@ -47,24 +47,34 @@ class Config:
     wide: bool  # a row is more than one block
 
 
-def _one_block(width: int) -> Config:
-    # 2048 elements and 4 warps, or one row and as many warps as its width wants: 16 elements a
-    # thread are one Philox call and, in 16 bits, two accesses of 16 bytes a tensor.
+def _one_block(width: int, tile: int, elements: int) -> Config:
+    """A row a block and as many rows as fill the tile, with so many elements a thread."""
     block = max(16, triton.next_power_of_2(width))
-    rows = max(1, 2048 // block)
-    return Config(rows, block, min(16, rows * block // 512), wide=False)
+    rows = max(1, tile // block)
+    warps = max(4, min(16, rows * block // (32 * elements)))
+    return Config(rows, block, warps, wide=False)
 
 
 def forward_config(width: int) -> Config:
-    """Tiles of the forward."""
+    """Tiles of the forward: 16 elements a thread, which are one Philox call and, in 16 bits, two
+    accesses of 16 bytes a tensor."""
     # 16384 columns are 32 elements a thread of 16 warps; more would spill.
-    return _one_block(width) if width <= 16384 else Config(1, 4096, 8, wide=True)
+    return _one_block(width, 2048, 16) if width <= 16384 else Config(1, 4096, 8, wide=True)
 
 
-def backward_config(width: int) -> Config:
-    """Tiles of the backward, which holds the sums of two gradients beside its tile."""
+def backward_config(width: int, replayed: bool) -> Config:
+    """Tiles of the backward: 8 elements a thread, as it holds the sums of two gradients as well.
+
+    Args:
+        width: of a row.
+        replayed: z is made again, with dropout, so that the mask takes registers throughout.
+    """
+    # 8192 columns are 16 elements a thread of 16 warps, and would spill if replayed.
+    if width <= (4096 if replayed else 8192):
+        # Below 256 columns a thread's elements lie in several rows: fewer of them, or they spill.
+        return _one_block(width, 1024 if width > 128 else 512, 8)
     # Four rows share the traffic of the weight sums that a wide row cannot keep in registers.
-    return _one_block(width) if width <= 8192 else Config(4, 1024, 8, wide=True)
+    return Config(4, 1024, 8, wide=True)
 
 
 def backward_programs(n_rows: int, config: Config, device: torch.device) -> int:
@@ -182,7 +192,7 @@ def dropout_add_layer_norm_bwd(
     """(dx, dresidual, dweight, dbias), as reference.dropout_add_layer_norm_bwd."""
     width = source.shape[-1]
     n_rows = source.numel() // width
-    config = backward_config(width)
+    config = backward_config(width, replayed=seed is not None and not prenorm)
     programs = backward_programs(n_rows, config, source.device)
     source_rows, source_stride = _rows(source, width)
     residual_rows, residual_stride = _rows(residual, width)

@@ -18,28 +18,10 @@ from fusedformer.kernels.triton.layer_norm_forward import (
 
 
 @triton.jit
-def _normed_tile(
-    grad_y_ptr, source_ptr, residual_ptr, seed_ptr, grad_y_stride, source_stride, residual_stride,
-    mean, rstd, threshold, scale, rows, start, columns, inside,
-    PRENORM: tl.constexpr, Z_DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dy, n = (z - mean) rstd and the mask of a tile."""
-    grad_y = load_tile(grad_y_ptr, rows, grad_y_stride, columns, inside)
-    source = load_tile(source_ptr, rows, source_stride, columns, inside)
-    residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
-    keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
-    z = source
-    if not PRENORM:
-        z = added(source, residual, keep, scale, Z_DTYPE)
-    return grad_y, (z - mean[:, None]) * rstd[:, None], keep
-
-
-@triton.jit
 def _row_statistics(mean_ptr, rstd_ptr, rows, inside, ROWS: tl.constexpr):
     rstd = tl.load(rstd_ptr + rows, mask=inside, other=0.0)
-    if mean_ptr is None:
-        mean = tl.zeros([ROWS], tl.float32)
-    else:
+    mean = tl.zeros([ROWS], tl.float32)
+    if mean_ptr is not None:
         mean = tl.load(mean_ptr + rows, mask=inside, other=0.0)
     return mean, rstd
 
@@ -82,12 +64,13 @@ def layer_norm_bwd_kernel(
         row_inside = rows < n_rows
         inside = row_inside[:, None] & column_inside[None, :]
         mean, rstd = _row_statistics(mean_ptr, rstd_ptr, rows, row_inside, ROWS)
-        grad_z = load_tile(grad_z_ptr, rows, grad_z_stride, columns, inside)
-        grad_y, normed, keep = _normed_tile(
-            grad_y_ptr, source_ptr, residual_ptr, seed_ptr, grad_y_stride, source_stride,
-            residual_stride, mean, rstd, threshold, scale, rows, 0, columns, inside,
-            PRENORM, Z_DTYPE, ROWS, BLOCK,
-        )  # fmt: skip
+        grad_y = load_tile(grad_y_ptr, rows, grad_y_stride, columns, inside)
+        source = load_tile(source_ptr, rows, source_stride, columns, inside)
+        residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
+        if not PRENORM:
+            keep = keep_tile(seed_ptr, threshold, rows, 0, ROWS, BLOCK)
+            source = added(source, residual, keep, scale, Z_DTYPE)
+        normed = (source - mean[:, None]) * rstd[:, None]
         if weight_sums_ptr is not None:
             weight_sums += grad_y * normed
         if bias_sums_ptr is not None:
@@ -96,8 +79,12 @@ def layer_norm_bwd_kernel(
         grad = grad_normed - normed * (tl.sum(grad_normed * normed, 1) / width)[:, None]
         if mean_ptr is not None:
             grad -= (tl.sum(grad_normed, 1) / width)[:, None]
+        # Loaded last, as what only the end needs takes registers from the sums.
+        grad_z = load_tile(grad_z_ptr, rows, grad_z_stride, columns, inside)
         grad = grad * rstd[:, None] + grad_z
         store_tile(grad_residual_ptr, rows, width, columns, inside, grad)
+        if PRENORM:
+            keep = keep_tile(seed_ptr, threshold, rows, 0, ROWS, BLOCK)
         grad = dropped(grad, keep, scale)
         store_tile(grad_x_ptr, rows, width, columns, inside, grad)
     sums_at = program.to(tl.int64) * width + columns
@@ -138,11 +125,13 @@ def layer_norm_wide_bwd_kernel(
             columns = start + tl.arange(0, BLOCK)
             column_inside = columns < width
             inside = row_inside[:, None] & column_inside[None, :]
-            grad_y, normed, _ = _normed_tile(
-                grad_y_ptr, source_ptr, residual_ptr, seed_ptr, grad_y_stride, source_stride,
-                residual_stride, mean, rstd, threshold, scale, rows, start, columns, inside,
-                PRENORM, Z_DTYPE, ROWS, BLOCK,
-            )  # fmt: skip
+            grad_y = load_tile(grad_y_ptr, rows, grad_y_stride, columns, inside)
+            source = load_tile(source_ptr, rows, source_stride, columns, inside)
+            residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
+            if not PRENORM:
+                keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
+                source = added(source, residual, keep, scale, Z_DTYPE)
+            normed = (source - mean[:, None]) * rstd[:, None]
             grad_normed = grad_y * load_vector(weight_ptr, columns, column_inside, 1.0)
             sums += tl.sum(grad_normed, 1)
             products += tl.sum(grad_normed * normed, 1)
@@ -150,12 +139,13 @@ def layer_norm_wide_bwd_kernel(
             columns = start + tl.arange(0, BLOCK)
             column_inside = columns < width
             inside = row_inside[:, None] & column_inside[None, :]
-            grad_z = load_tile(grad_z_ptr, rows, grad_z_stride, columns, inside)
-            grad_y, normed, keep = _normed_tile(
-                grad_y_ptr, source_ptr, residual_ptr, seed_ptr, grad_y_stride, source_stride,
-                residual_stride, mean, rstd, threshold, scale, rows, start, columns, inside,
-                PRENORM, Z_DTYPE, ROWS, BLOCK,
-            )  # fmt: skip
+            grad_y = load_tile(grad_y_ptr, rows, grad_y_stride, columns, inside)
+            source = load_tile(source_ptr, rows, source_stride, columns, inside)
+            residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
+            if not PRENORM:
+                keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
+                source = added(source, residual, keep, scale, Z_DTYPE)
+            normed = (source - mean[:, None]) * rstd[:, None]
             sums_at = program.to(tl.int64) * width + columns
             started = tile > program
             _accumulate(
@@ -166,8 +156,11 @@ def layer_norm_wide_bwd_kernel(
             grad = grad_normed - normed * (products / width)[:, None]
             if mean_ptr is not None:
                 grad -= (sums / width)[:, None]
+            grad_z = load_tile(grad_z_ptr, rows, grad_z_stride, columns, inside)
             grad = grad * rstd[:, None] + grad_z
             store_tile(grad_residual_ptr, rows, width, columns, inside, grad)
+            if PRENORM:
+                keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
             grad = dropped(grad, keep, scale)
             store_tile(grad_x_ptr, rows, width, columns, inside, grad)
         # The sums of this tile are read by the next one.
