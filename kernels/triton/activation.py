@@ -8,6 +8,7 @@ from torch import Tensor
 from fusedformer.kernels import rng
 from fusedformer.kernels.triton.launch import chip, launch, unsupported_device, unsupported_rows
 from fusedformer.kernels.triton.random import rows_keep
+from fusedformer.kernels.triton.rows import access, aligned, as_rows
 
 __all__ = [
     "bias_activation_bwd",
@@ -170,19 +171,6 @@ def bias_activation_unsupported(x: Tensor, bias: "Tensor | None", *args: object)
     return unsupported_rows(x, bias)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., N) as (rows, N) whose last stride is 1; a copy only where strides allow no view."""
-    rows = tensor.reshape(tensor.numel() // tensor.shape[-1], tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _unit(*rows: Tensor) -> int:
-    """Elements of a 16-byte access if every row starts and ends on a boundary of one, else 1."""
-    unit = 16 // max(tensor.element_size() for tensor in rows)
-    aligned = all(t.stride(0) % unit == 0 and t.shape[1] % unit == 0 for t in rows)
-    return unit if aligned else 1
-
-
 def _tile(n_rows: int, width: int) -> tuple[int, int]:
     """(ROWS, COLUMNS) of a tile of 2048 elements: with 4 warps, 16 elements a thread.
 
@@ -205,7 +193,7 @@ def bias_activation_fwd(
     x: Tensor, bias: "Tensor | None", seed: "Tensor | None", activation: str, dropout_p: float
 ) -> Tensor:
     """act(x + bias) o keep / (1 - p), as reference.bias_activation_fwd."""
-    rows = _rows(x)
+    rows = as_rows(x)
     n_rows, width = rows.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ROWS, COLUMNS = _tile(n_rows, width)
@@ -224,7 +212,7 @@ def bias_activation_fwd(
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
         DROPOUT=seed is not None,
-        UNIT=_unit(rows),
+        UNIT=access(rows) if aligned(rows) else 1,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=4,
@@ -242,7 +230,7 @@ def bias_activation_bwd(
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None]":
     """dx and dbias, as reference.bias_activation_bwd."""
-    rows, grad_rows = _rows(x), _rows(grad_out)
+    rows, grad_rows = as_rows(x), as_rows(grad_out)
     n_rows, width = rows.shape
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ROWS, COLUMNS = _tile(n_rows, width)
@@ -272,7 +260,7 @@ def bias_activation_bwd(
         HAS_BIAS=bias is not None,
         BIAS_GRAD=partial is not None,
         DROPOUT=seed is not None,
-        UNIT=_unit(rows, grad_rows),
+        UNIT=access(rows) if aligned(rows, grad_rows) else 1,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=4,

@@ -1,0 +1,160 @@
+"""Cross-entropy on Triton: which tiles, and the launches.
+
+Up to NARROW classes a tile holds several whole rows. Wider rows are read in blocks.
+
+A row of 50257 16-bit logits starts anywhere, so that its accesses could not be of 16 bytes. The
+wide kernels therefore read from the last 16-byte boundary at or before a row's start; only the
+first and the last block then need a mask, and the others are read in whole accesses.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from fusedformer.kernels.triton.cross_entropy_backward import (
+    cross_entropy_narrow_bwd_kernel,
+    cross_entropy_wide_bwd_kernel,
+)
+from fusedformer.kernels.triton.cross_entropy_forward import (
+    cross_entropy_narrow_fwd_kernel,
+    cross_entropy_wide_fwd_kernel,
+)
+from fusedformer.kernels.triton.launch import launch, unsupported_device, unsupported_rows
+from fusedformer.kernels.triton.rows import access, aligned, as_rows
+
+__all__ = [
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "cross_entropy_unsupported",
+    "unsupported_device",
+]
+
+# Classes up to which whole rows are held: 4096 elements are 32 a thread of 4 warps.
+NARROW = 4096
+
+
+def cross_entropy_unsupported(
+    logits: Tensor, target: Tensor, weight: "Tensor | None", *args: object
+) -> "str | None":
+    """Why the kernels cannot take a call, or None."""
+    return unsupported_rows(logits, weight)
+
+
+def _weights(
+    weight: "Tensor | None", smoothing: float, unused: Tensor
+) -> tuple[Tensor, Tensor, dict[str, bool]]:
+    """The class weights, their sum, and the flags that say whether kernels read them."""
+    flags = {"HAS_WEIGHT": weight is not None, "SMOOTHING": smoothing > 0}
+    if weight is None:
+        return unused, unused, flags
+    total = weight.sum(dtype=torch.float32) if smoothing > 0 else unused
+    return weight.contiguous(), total, flags
+
+
+def _narrow_tile(classes: int) -> dict[str, int]:
+    """Whole rows, at most NARROW elements; no fewer columns than a 16-byte access has.
+
+    64 rows at most: of very narrow ones there would otherwise be few programs with many registers.
+    """
+    columns = max(8, triton.next_power_of_2(classes))
+    return {"ROWS": min(NARROW // columns, 64), "COLUMNS": columns, "num_warps": 4}
+
+
+def cross_entropy_fwd(
+    logits: Tensor, target: Tensor, weight: "Tensor | None", ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, rows' weights and LSE, as reference.cross_entropy_fwd."""
+    rows = as_rows(logits)
+    n_rows, classes = rows.shape
+    losses, row_weights, lse = (
+        torch.empty(target.shape, dtype=torch.float32, device=logits.device) for _ in range(3)
+    )
+    weight, weight_sum, flags = _weights(weight, smoothing, rows)
+    tensors = (rows, target.contiguous(), weight, weight_sum, losses, row_weights, lse)
+    numbers = (classes, ignore_index, 1 - smoothing, smoothing / classes)
+    if classes <= NARROW:
+        tile = _narrow_tile(classes)
+        launch(
+            cross_entropy_narrow_fwd_kernel,
+            (triton.cdiv(n_rows, tile["ROWS"]),),
+            *tensors,
+            rows.stride(0),
+            n_rows,
+            *numbers,
+            **flags,
+            UNIT=access(rows) if aligned(rows) else 1,
+            **tile,
+        )
+    else:
+        launch(
+            cross_entropy_wide_fwd_kernel,
+            (n_rows,),
+            *tensors,
+            rows.stride(0),
+            *numbers,
+            **flags,
+            ALIGNED=aligned(rows),
+            UNIT=access(rows),
+            # 32 elements a thread are in flight; shorter blocks leave less of a short row masked.
+            COLUMNS=4096 if classes < 16384 else 8192,
+            num_warps=4 if classes < 16384 else 8,
+        )
+    return losses, row_weights, lse
+
+
+def cross_entropy_bwd(
+    grad_losses: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: "Tensor | None",
+    ignore_index: int,
+    smoothing: float,
+    overwrite: bool = False,
+) -> Tensor:
+    """The gradient of the logits, as reference.cross_entropy_bwd."""
+    rows = as_rows(logits)
+    n_rows, classes = rows.shape
+    grad = logits
+    if not overwrite:
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_rows = as_rows(grad)
+    grad_losses = grad_losses.reshape(n_rows)
+    weight, weight_sum, flags = _weights(weight, smoothing, rows)
+    lse, target = lse.contiguous(), target.contiguous()
+    tensors = (rows, grad_rows, grad_losses, lse, target, weight, weight_sum)
+    strides = (rows.stride(0), grad_rows.stride(0), grad_losses.stride(0))
+    numbers = (classes, ignore_index, 1 - smoothing, smoothing / classes)
+    whole = aligned(rows, grad_rows)
+    if classes <= NARROW:
+        tile = _narrow_tile(classes)
+        launch(
+            cross_entropy_narrow_bwd_kernel,
+            (triton.cdiv(n_rows, tile["ROWS"]),),
+            *tensors,
+            *strides,
+            n_rows,
+            *numbers,
+            **flags,
+            UNIT=access(rows) if whole else 1,
+            **tile,
+        )
+    else:
+        COLUMNS = 4096
+        # A row that does not start on a boundary has up to UNIT - 1 more elements before it.
+        blocks = triton.cdiv(classes + (0 if whole else access(rows) - 1), COLUMNS)
+        launch(
+            cross_entropy_wide_bwd_kernel,
+            (n_rows * blocks,),
+            *tensors,
+            *strides,
+            blocks,
+            *numbers,
+            **flags,
+            ALIGNED=whole,
+            SAME_STRIDE=rows.stride(0) == grad_rows.stride(0),
+            UNIT=access(rows),
+            COLUMNS=COLUMNS,
+            num_warps=4,
+        )
+    return grad
