@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from fusedformer.benchmarks import results
 
@@ -87,7 +87,10 @@ def draw(axes: Axes, panel: Panel, rows: list[dict], ink: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator(xs))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelrotation=45 if len(xs) > 6 else 0)
     axes.set_title(panel.title, color=ink)
     axes.set_xlabel("sequence length N" if sweep == "seq" else "head dimension d", color=ink)
@@ -100,7 +103,10 @@ def draw(axes: Axes, panel: Panel, rows: list[dict], ink: str) -> None:
         spine.set_color(_GRID)
         spine.set_visible(side in ("left", "bottom"))
     if axes.lines:
-        axes.legend(fontsize=8.5, frameon=False, labelcolor=ink)
+        axes.legend(
+            fontsize=8.5, frameon=False, labelcolor=ink, ncols=2 if panel.what == "time" else 1,
+            loc="upper center", bbox_to_anchor=(0.5, -0.26), columnspacing=1.2,
+        )  # fmt: skip
 
 
 def png(rows: list[dict], heading: str, path: Path) -> None:
@@ -109,12 +115,12 @@ def png(rows: list[dict], heading: str, path: Path) -> None:
     columns = min(4, max(1, len(shown)))
     height = -(-len(shown) // columns)
     with matplotlib.rc_context(_FONT):
-        figure = Figure(figsize=(4.6 * columns, 3.9 * height + 0.6), layout="constrained")
+        figure = Figure(figsize=(4.8 * columns, 4.5 * height + 0.6), layout="constrained")
         figure.suptitle(heading, fontsize=13)
-        grid = figure.subplots(height, columns, squeeze=False).flat
+        grid = list(figure.subplots(height, columns, squeeze=False).flat)
         for axes, panel in zip(grid, shown, strict=False):
             draw(axes, panel, rows, "#1f2328")
-        for axes in list(grid)[len(shown) :]:
+        for axes in grid[len(shown) :]:
             axes.set_visible(False)
         figure.savefig(path, dpi=110)
 
@@ -123,7 +129,7 @@ def svg(panel: Panel, rows: list[dict]) -> str:
     """One panel as an <svg> element without a background, in the page's own text colour."""
     held = io.StringIO()
     with matplotlib.rc_context(_FONT):
-        figure = Figure(figsize=(4.8, 4.1), layout="constrained")
+        figure = Figure(figsize=(4.8, 4.6), layout="constrained")
         figure.patch.set_alpha(0)
         draw(figure.subplots(), panel, rows, _INK)
         figure.savefig(held, format="svg", metadata={"Date": None, "Creator": None})

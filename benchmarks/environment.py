@@ -26,6 +26,7 @@ def describe(device: str) -> dict:
         "cpu_name": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "logical_cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "compute_capability": list(torch.cuda.get_device_capability()) if gpu else None,

@@ -19,7 +19,7 @@ p { margin: .4rem 0; max-width: 46rem; }
 .soft, figcaption, caption, .notes { color: var(--soft); }
 .state { color: var(--accent); font-weight: 600; }
 .charts { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; padding: .5rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
 figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
@@ -34,6 +34,7 @@ th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap;
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th.text, td.text { text-align: left; }
 tbody th { font-weight: 600; }
+details { margin: 0 0 .5rem; } summary { cursor: pointer; padding: .3rem 0; }
 .notes { font-size: .85rem; margin: 0 0 1.5rem; padding-left: 1.2rem; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -58,12 +59,23 @@ def page(document: dict) -> str:
     interrupted = document["state"] != "complete"
     parts = [
         "<h1>How attention's cost grows with its lengths</h1>",
-        f'<p class="soft">{escape(setting(document))}. {escape(document["created"])}</p>',
+        f'<p class="soft">{escape(setting(document))}. {escape(_when(document))}</p>',
         '<p class="state">Interrupted: what was measured up to then.</p>' if interrupted else "",
+        f'<p class="state">{escape(warning)}</p>' if (warning := busy(document)) else "",
         f"<p>{escape(reading(document))}</p>",
+        *(_table(table) for table in tables.text(document)),
+        *(_table(table) for table in tables.exponents(document, "seq")),
         _charts(document["rows"]),
-        "<h2>Tables</h2>",
-        *(_table(table) for table in tables.everything(document)),
+        *(_table(table) for table in tables.exponents(document, "head_dim")),
+        "<h2>All measurements</h2>",
+        *(
+            f"<details><summary>{escape(table.caption)}</summary>{_table(table)}</details>"
+            for table in (
+                *tables.measurements(document, "seq"),
+                *tables.measurements(document, "head_dim"),
+                *tables.errors(document),
+            )
+        ),
         "<h2>How it was measured</h2>",
         *(f"<p>{escape(line)}</p>" for line in method(document)),
         "<dl>",
@@ -97,6 +109,18 @@ def setting(document: dict) -> str:
     )
 
 
+def busy(document: dict) -> "str | None":
+    """A warning where other work was running when the profile began, else None."""
+    environment = document["environment"]
+    load, cores = environment["load"], environment["logical_cores"]
+    if not load or not cores or load < 0.5 * cores:
+        return None
+    return (
+        f"The machine was busy when this began (load {load:.1f} on {cores} cores): times are too "
+        "long and uneven, and exponents bend. Memory is not affected."
+    )
+
+
 def reading(document: dict) -> str:
     """How to read the charts."""
     fused = {r["backend"] for r in document["rows"] if r["impl"] == "fused"}
@@ -118,7 +142,8 @@ def method(document: dict) -> list[str]:
     clock = "CUDA events, from a cold L2 cache" if gpu else "wall clock"
     return [
         f"Time: {clock}; random inputs; implementations take turns within each round; the table "
-        "shows medians. The JSON file holds every sample with the 20/80 percentiles.",
+        "shows medians. Every point is measured once, then again in further passes while time is "
+        "left; the JSON file holds every sample, with the 20/80 percentiles.",
         f"Memory: {document['memory_method']}; forward with backward, beyond the inputs.",
         "Exponents: least squares on the logarithms of at least five points that each take over "
         "1 ms (memory: over 1 MiB); the range is the 95% confidence interval of the slope.",
@@ -167,6 +192,10 @@ def _table(table: Table) -> str:
         f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         + (f'<ul class="notes">{notes}</ul>' if notes else "")
     )
+
+
+def _when(document: dict) -> str:
+    return document["created"][:16].replace("T", " ") + " UTC"
 
 
 def _listed(options: dict) -> str:

@@ -1,7 +1,7 @@
 """What is measured at one point of a sweep. These functions run inside worker processes."""
 
 import contextlib
-import time
+import functools
 import warnings
 
 import torch
@@ -36,40 +36,45 @@ def look(impls: list[str], case: Case) -> "tuple[dict[str, str], int | None]":
     return backends, memory.available(case.device)
 
 
-def peak_memory(impl: str, case: Case) -> dict:
+def peak_memory(impl: str, case: Case) -> tuple[dict, dict]:
     """Peak bytes of a forward and of a forward with its backward, beyond the inputs.
 
     Returns:
-        {"forward_bytes", "training_bytes" (None where not measurable), "baseline_bytes",
-        "seconds": of the one cold run}.
+        {"forward_bytes", "training_bytes", "baseline_bytes"}, None where not measurable, and
+        {"forward_ms", "backward_ms"} of that one run by the wall clock.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = providers.inputs(case)
         _warm(impl, case)
         forward, backward = providers.call(impl, case, tensors)
+        clock = timing.WallClock()
         meter = memory.PeakMeter(case.device)
-        start = time.perf_counter()
-        out = forward()
+        out, forward_ms = clock.measure(forward)
         forward_bytes = meter.extra()
-        grads = backward(out)
+        grads, backward_ms = clock.measure(functools.partial(backward, out))
         training_bytes = meter.extra()
-        seconds = time.perf_counter() - start
         del out, grads
-    return {
+    used = {
         "forward_bytes": forward_bytes,
         "training_bytes": training_bytes,
         "baseline_bytes": meter.baseline,
-        "seconds": seconds,
     }
+    return used, {"forward_ms": forward_ms, "backward_ms": backward_ms}
 
 
-def times(impls: list[str], case: Case, seconds: float, warmup: int) -> dict[str, workers.Outcome]:
+def times(
+    impls: list[str], case: Case, seconds: float, rounds: int, warmup: int
+) -> dict[str, workers.Outcome]:
     """Forward and backward milliseconds of implementations interleaved; see timing.
 
     Args:
         seconds: how long to go on, at least one round.
+        rounds: after how many rounds to stop in any case.
         warmup: full-size calls of each implementation before the first round.
+
+    Returns:
+        implementation -> outcome, whose value is {"forward_ms": [...], "backward_ms": [...]}.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,14 +87,13 @@ def times(impls: list[str], case: Case, seconds: float, warmup: int) -> dict[str
             {impl: providers.call(impl, case, tensors) for impl in impls},
             timing.clock_for(case.device),
             seconds=seconds,
+            max_rounds=rounds,
             warmup=warmup,
         )
     return {
         impl: workers.failure(result["error"])
         if "error" in result
-        else workers.Outcome(
-            workers.OK, {phase: timing.summary(samples) for phase, samples in result.items()}
-        )
+        else workers.Outcome(workers.OK, result)
         for impl, result in found.items()
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fusedformer.benchmarks import options as options_module
 from fusedformer.benchmarks import page, points, providers, results, tables, terminal, workers
 from fusedformer.benchmarks.options import Options
-from fusedformer.benchmarks.sweep import Point, Sweep
+from fusedformer.benchmarks.sweep import PASSES, Point, Sweep
 
 INTERRUPTED = 130
 
@@ -47,9 +47,12 @@ def run(args: argparse.Namespace) -> int:
             options.text.as_dict() if options.text else None,
         )
         print(page.setting(document.data), flush=True)
+        if warning := page.busy(document.data):
+            print(warning, flush=True)
         if options.text:
             print(f"Lengths from {options.text.file}, counted in {options.text.unit}.", flush=True)
         sweep = Sweep(list(options.impl), pool, options.budget, started)
+        document.data["rows"] = sweep.rows
         try:
             _measure(sweep, options, document)
             state = "complete"
@@ -71,18 +74,21 @@ def run(args: argparse.Namespace) -> int:
 def _measure(sweep: Sweep, options: Options, document: results.Document) -> None:
     plan = options.plan()
     with terminal.Progress(len(plan) + 1) as progress:
+
+        def before(number: int, point: Point) -> None:
+            case = point.case
+            what = results.variant_label(case.causal, case.dropout_p)
+            if number == 1:
+                progress.step(f"N = {case.seq}, d = {case.head_dim}, {what}")
+            else:
+                left = max(0.0, sweep.left())
+                progress.stay(f"more times, pass {number} of {PASSES} at most, {left:.0f} s left")
+
         progress.step("errors against float64")
         document.data["errors"] = _errors(sweep, options)
         document.save()
-        for rows in sweep.run(plan, lambda point: progress.step(_describe(point))):
-            document.data["rows"] += rows
+        for _ in sweep.run(plan, before):
             document.save()
-
-
-def _describe(point: Point) -> str:
-    case = point.case
-    what = results.variant_label(case.causal, case.dropout_p)
-    return f"N = {case.seq}, d = {case.head_dim}, {what}"
 
 
 def _errors(sweep: Sweep, options: Options) -> list[dict]:

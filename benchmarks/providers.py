@@ -156,7 +156,7 @@ def estimated_bytes(impl: str, backend: str, case: Case) -> int:
 def relative_error(got: "list[Tensor]", truth: "list[Tensor]") -> float:
     """The largest of the tensors' errors: |got - truth| / |truth|, L2 norms."""
     errors = [
-        float((g.double() - t.double()).norm() / t.double().norm())
+        float((g.detach().double() - t.detach().double()).norm() / t.detach().double().norm())
         for g, t in zip(got, truth, strict=True)
     ]
     return max(errors)

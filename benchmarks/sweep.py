@@ -1,24 +1,28 @@
-"""Walks a sweep from its shortest point to its longest within a time budget.
+"""Walks a sweep within a time budget: every point once, then again for as long as time is left.
 
-Each point is one attention problem measured for every implementation: the peak memory of each in
-a process of its own, then all their times interleaved in one more. What would not fit in memory,
-or in the time left, is a row that says so.
+Each point is one attention problem. The first pass measures the peak memory of every
+implementation in a process of its own and takes first times; later passes add times, so that a
+slow phase of the machine falls on all lengths alike and not on those that had their turn in it.
+What would not fit in memory, or in the time left, is a row that says so.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from fusedformer.benchmarks import points, providers, workers
+from fusedformer.benchmarks import points, providers, timing, workers
 from fusedformer.benchmarks.providers import Case
 from fusedformer.benchmarks.workers import Outcome, Workers
 
 DOES_NOT_FIT, OVER_BUDGET = "does not fit", "over budget"
 
-# A call shorter than this is also run once at full size before it is timed.
-_WARM_SECONDS = 0.3
-# More time than this at one point would not change its median.
-_POINT_SECONDS = 4.0
+PASSES = 5
+
+# A point's rounds in one pass: as many as fit in this time, from 1 to the number below.
+_SLICE_SECONDS = 0.3
+_SLICE_ROUNDS = 5
+# A run longer than this needs no warm-up, and its memory run counts as one of its samples.
+_LONG_SECONDS = 0.3
 # Of the available memory, what a point may be predicted to take.
 _MEMORY_SHARE = 0.9
 
@@ -48,7 +52,7 @@ def gigabytes(count: float) -> str:
 
 @dataclass
 class Sweep:
-    """A run over points.
+    """A run over points; its ``rows`` grow and sharpen while it runs.
 
     Args:
         impls: names from providers.IMPLS.
@@ -61,94 +65,96 @@ class Sweep:
     pool: Workers
     budget: float
     started: float = field(default_factory=time.perf_counter)
+    rows: list[dict] = field(default_factory=list)
     _seen: dict[tuple[str, bool, float], _Seen] = field(default_factory=dict)
 
     def left(self) -> float:
         """Seconds of the budget that are left."""
         return self.budget - (time.perf_counter() - self.started)
 
-    def run(self, plan: list[Point], before: Callable[[Point], None]) -> Iterator[list[dict]]:
-        """Measures each point in turn; yields its rows, one an implementation.
+    def run(self, plan: list[Point], before: Callable[[int, Point], None]) -> Iterator[None]:
+        """Measures; yields whenever rows have changed.
 
         Args:
-            before: called with each point before it is measured.
+            before: called with the number of the pass, from 1, and the point that is next.
         """
-        for index, point in enumerate(plan):
-            before(point)
-            yield self._measure(point, plan[index:])
+        held: list[tuple[Point, dict[str, dict]]] = []
+        for point in plan:
+            before(1, point)
+            rows = self._first(point)
+            held.append((point, rows))
+            self.rows += rows.values()
+            yield
+        for number in range(2, PASSES + 1):
+            for point, rows in held:
+                going = {i: row for i, row in rows.items() if row["status"] == workers.OK}
+                if going and sum(map(_seconds, going.values())) < self.left():
+                    before(number, point)
+                    self._time(point.case, going)
+                    yield
 
-    def _measure(self, point: Point, todo: list[Point]) -> list[dict]:
-        asked = self.pool.run(points.look, self.impls, point.case)
+    def _first(self, point: Point) -> dict[str, dict]:
+        """Memory and first times of a point: its rows by implementation."""
+        case = point.case
+        asked = self.pool.run(points.look, self.impls, case)
         if asked.status != workers.OK:
-            return [self._row(point, impl, "unknown", asked) for impl in self.impls]
+            return {impl: _row(point, impl, "unknown", asked) for impl in self.impls}
         backends, available = asked.value
         rows = {}
-        for impl in self.impls:
-            refused = self._refusal(impl, backends[impl], point.case, available)
-            outcome = refused or self.pool.run(points.peak_memory, impl, point.case)
-            rows[impl] = self._row(point, impl, backends[impl], outcome)
-            if outcome.status == workers.OK:
-                rows[impl]["memory"] = outcome.value
-                self._remember(impl, rows[impl], outcome.value["seconds"], outcome.value)
-        self._time(point, todo, {i: row for i, row in rows.items() if row["status"] == workers.OK})
-        return list(rows.values())
+        for impl, backend in backends.items():
+            refused = self._refusal(impl, backend, case, available)
+            outcome = refused or self.pool.run(points.peak_memory, impl, case)
+            row = rows[impl] = _row(point, impl, backend, outcome)
+            if outcome.status != workers.OK:
+                continue
+            row["memory"], cold = outcome.value
+            if case.device == "cpu" and sum(cold.values()) > _LONG_SECONDS * 1e3:
+                _add(row, {phase: [sample] for phase, sample in cold.items()})
+                self._remember(impl, case, row)
+        short = {
+            impl: row
+            for impl, row in rows.items()
+            if row["status"] == workers.OK and "forward_ms" not in row
+        }
+        self._time(case, short)
+        return rows
 
-    def _time(self, point: Point, todo: list[Point], rows: dict[str, dict]) -> None:
+    def _time(self, case: Case, rows: dict[str, dict]) -> None:
         if not rows:
             return
-        cold = max(row["memory"]["seconds"] for row in rows.values())
-        warmup = int(point.case.device == "cuda" or cold < _WARM_SECONDS)
-        seconds = self._allotment(point, todo)
-        timed = self.pool.run(points.times, list(rows), point.case, seconds, warmup)
+        warmup = int(case.device == "cuda" or not all("forward_ms" in r for r in rows.values()))
+        timed = self.pool.run(points.times, list(rows), case, _SLICE_SECONDS, _SLICE_ROUNDS, warmup)
         for impl, row in rows.items():
             outcome = timed.value[impl] if timed.status == workers.OK else timed
-            if outcome.status != workers.OK:
+            if outcome.status == workers.OK:
+                _add(row, outcome.value)
+                self._remember(impl, case, row)
+            else:
                 row |= {"status": outcome.status, "reason": outcome.reason}
-                continue
-            row |= outcome.value | {"warmup": warmup}
-            medians = outcome.value["forward_ms"]["median"] + outcome.value["backward_ms"]["median"]
-            self._remember(impl, row, medians / 1e3, row["memory"])
-
-    def _row(self, point: Point, impl: str, backend: str, outcome: Outcome) -> dict:
-        return {
-            "sweep": point.sweep,
-            "impl": impl,
-            "backend": backend,
-            "label": providers.label(impl, backend),
-            **point.case.as_dict(),
-            "status": outcome.status,
-            "reason": outcome.reason,
-        }
 
     # --- Predictions ------------------------------------------------------------------------------
 
-    def _remember(self, impl: str, row: dict, seconds: float, used: dict) -> None:
-        case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
-        self._seen[impl, case.causal, case.dropout_p] = _Seen(
-            case, row["backend"], seconds, used["training_bytes"]
-        )
-
-    def _predicted_seconds(self, impl: str, case: Case) -> "float | None":
-        seen = self._seen.get((impl, case.causal, case.dropout_p))
-        if seen is None:
-            return None
-        growth = (case.seq / seen.case.seq) ** 2 * case.head_dim / seen.case.head_dim
-        return seen.seconds * growth
+    def _remember(self, impl: str, case: Case, row: dict) -> None:
+        peak = row["memory"]["training_bytes"]
+        seen = _Seen(case, row["backend"], _seconds(row), peak)
+        self._seen[impl, case.causal, case.dropout_p] = seen
 
     def _refusal(
         self, impl: str, backend: str, case: Case, available: "int | None"
     ) -> "Outcome | None":
-        seconds = self._predicted_seconds(impl, case)
-        if seconds is not None and 2 * seconds > self.left():  # once for memory, once for time
-            return Outcome(
-                OVER_BUDGET,
-                reason=f"two runs would take about {2 * seconds:.1f} s; "
-                f"{max(0.0, self.left()):.1f} s of the budget of {self.budget:g} s are left",
-            )
-        needed = float(providers.estimated_bytes(impl, backend, case))
         seen = self._seen.get((impl, case.causal, case.dropout_p))
-        if seen is not None and seen.peak_bytes and seen.backend == backend:
-            needed *= seen.peak_bytes / providers.estimated_bytes(impl, backend, seen.case)
+        needed = float(providers.estimated_bytes(impl, backend, case))
+        if seen is not None:
+            growth = (case.seq / seen.case.seq) ** 2 * case.head_dim / seen.case.head_dim
+            seconds = seen.seconds * growth
+            if seconds > self.left():
+                return Outcome(
+                    OVER_BUDGET,
+                    reason=f"would take about {seconds:.0f} s; "
+                    f"{max(0.0, self.left()):.0f} s of {self.budget:g} s are left",
+                )
+            if seen.peak_bytes and seen.backend == backend:
+                needed *= seen.peak_bytes / providers.estimated_bytes(impl, backend, seen.case)
         if available is not None and needed > _MEMORY_SHARE * available:
             return Outcome(
                 DOES_NOT_FIT,
@@ -156,18 +162,25 @@ class Sweep:
             )
         return None
 
-    def _allotment(self, point: Point, todo: Iterable[Point]) -> float:
-        """Seconds for the timing of a point: its part of what is left, by predicted cost."""
 
-        def cost(case: Case) -> float:
-            return sum(self._predicted_seconds(impl, case) or 0.0 for impl in self.impls)
+def _row(point: Point, impl: str, backend: str, outcome: Outcome) -> dict:
+    return {
+        "sweep": point.sweep,
+        "impl": impl,
+        "backend": backend,
+        "label": providers.label(impl, backend),
+        **point.case.as_dict(),
+        "status": outcome.status,
+        "reason": outcome.reason,
+    }
 
-        own, rest = cost(point.case), sum(cost(other.case) for other in todo)
-        # Each point still to come also runs once for its memory.
-        spare = self.left() / (2 * rest) if rest > 0 else 1.0
-        return min(_POINT_SECONDS, own * max(0.0, 2 * spare - 1))
+
+def _add(row: dict, samples: dict[str, list[float]]) -> None:
+    for phase, added in samples.items():
+        before = row[phase]["samples"] if phase in row else []
+        row[phase] = timing.summary(before + added)
 
 
-def summarised(row: dict) -> bool:
-    """Whether a row has times."""
-    return row["status"] == workers.OK and "forward_ms" in row
+def _seconds(row: dict) -> float:
+    """What one forward and backward take."""
+    return (row["forward_ms"]["median"] + row["backward_ms"]["median"]) / 1e3

@@ -42,11 +42,8 @@ def measurements(document: dict, sweep: str) -> list[Table]:
             for row in rows
             if (row["sweep"], row["causal"], row["dropout_p"]) == (sweep, causal, dropout_p)
         ]
-        body, before = [], None
-        for row in sorted(members, key=lambda held: held[sweep]):
-            x = row[sweep]
-            body.append(["" if x == before else str(x), row["label"], *_cells(row)])
-            before = x
+        members.sort(key=lambda held: held[sweep])
+        body = [[str(row[sweep]), row["label"], *_cells(row)] for row in members]
         head = [_X[sweep], "ran", "forward ms", "backward ms", "peak MiB", ""]
         found.append(Table(_caption(document, sweep, causal, dropout_p), head, body))
     return found

@@ -58,6 +58,11 @@ class Progress:
             print(f"[{self._done + 1}/{self._steps}] {doing}", file=sys.stderr, flush=True)
         self._done += 1
 
+    def stay(self, doing: str) -> None:
+        """All steps are done and something goes on; shown on a bar alone."""
+        if self._bar:
+            self._bar.update(self._task, completed=self._steps, description=doing)
+
 
 def show(tables: list[Table]) -> None:
     """Prints tables with their notes."""
