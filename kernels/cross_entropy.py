@@ -36,8 +36,9 @@ def check_target_values(name: str, target: Tensor, classes: int, ignore_index: i
         )
 
 
-def _statistics_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
+    """Of losses, LSE and sums, whatever the dtype of what they are made from."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _fwd(logits, target, weight, ignore_index, label_smoothing, backend):
@@ -49,7 +50,7 @@ def _fwd(logits, target, weight, ignore_index, label_smoothing, backend):
 
 
 def _fwd_fake(logits, target, *args):
-    dtype = _statistics_dtype(logits)
+    dtype = statistics_dtype(logits)
     return tuple(target.new_empty(target.shape, dtype=dtype) for _ in range(3))
 
 
