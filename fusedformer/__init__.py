@@ -13,9 +13,11 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
 
 from fusedformer.kernels.activation import bias_activation
 from fusedformer.kernels.attention import attention, scaled_dot_product_attention
+from fusedformer.kernels.cross_entropy import cross_entropy
 from fusedformer.kernels.dispatch import available_backends, use_backend
 from fusedformer.kernels.dropout import dropout
 from fusedformer.kernels.layer_norm import dropout_add_layer_norm, layer_norm, rms_norm
+from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
 
 __version__ = "0.1.0"
 
@@ -24,9 +26,11 @@ __all__ = [
     "attention",
     "available_backends",
     "bias_activation",
+    "cross_entropy",
     "dropout",
     "dropout_add_layer_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "scaled_dot_product_attention",
     "use_backend",
