@@ -117,7 +117,7 @@ def test_doctor_gives_each_reason_and_failed_import(monkeypatch, capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     for op in dispatch.OPS:
-        assert re.search(rf"^  (\w+, )*{op}(,|$)", out, re.MULTILINE)
+        assert re.search(rf"^  +(\w+, )*{op}(,|$)", out, re.MULTILINE)
         assert f"import of broken {op} failed:\nTraceback" in out
     assert "      not on broken: it cannot be imported (ModuleNotFoundError: No module" in out
     assert "ModuleNotFoundError: No module named 'fusedformer.no_such_module'\n" in out
