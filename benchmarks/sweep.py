@@ -23,6 +23,8 @@ _SLICE_SECONDS = 0.3
 _SLICE_ROUNDS = 5
 # A run longer than this needs no warm-up, and its memory run counts as one of its samples.
 _LONG_SECONDS = 0.3
+# A call may run past the budget by this much before it is ended.
+_GRACE_SECONDS = 10.0
 # Of the available memory, what a point may be predicted to take.
 _MEMORY_SHARE = 0.9
 
@@ -96,14 +98,14 @@ class Sweep:
     def _first(self, point: Point) -> dict[str, dict]:
         """Memory and first times of a point: its rows by implementation."""
         case = point.case
-        asked = self.pool.run(points.look, self.impls, case)
+        asked = self._run(points.look, self.impls, case)
         if asked.status != workers.OK:
             return {impl: _row(point, impl, "unknown", asked) for impl in self.impls}
         backends, available = asked.value
         rows = {}
         for impl, backend in backends.items():
             refused = self._refusal(impl, backend, case, available)
-            outcome = refused or self.pool.run(points.peak_memory, impl, case)
+            outcome = refused or self._run(points.peak_memory, impl, case)
             row = rows[impl] = _row(point, impl, backend, outcome)
             if outcome.status != workers.OK:
                 continue
@@ -123,14 +125,17 @@ class Sweep:
         if not rows:
             return
         warmup = int(case.device == "cuda" or not all("forward_ms" in r for r in rows.values()))
-        timed = self.pool.run(points.times, list(rows), case, _SLICE_SECONDS, _SLICE_ROUNDS, warmup)
+        timed = self._run(points.times, list(rows), case, _SLICE_SECONDS, _SLICE_ROUNDS, warmup)
         for impl, row in rows.items():
             outcome = timed.value[impl] if timed.status == workers.OK else timed
             if outcome.status == workers.OK:
                 _add(row, outcome.value)
                 self._remember(impl, case, row)
-            else:
+            elif outcome.status != workers.TOO_SLOW or "forward_ms" not in row:
                 row |= {"status": outcome.status, "reason": outcome.reason}
+
+    def _run(self, function: Callable, *args: object) -> Outcome:
+        return self.pool.run(function, *args, timeout=self.left() + _GRACE_SECONDS)
 
     # --- Predictions ------------------------------------------------------------------------------
 
@@ -147,7 +152,8 @@ class Sweep:
         if seen is not None:
             growth = (case.seq / seen.case.seq) ** 2 * case.head_dim / seen.case.head_dim
             seconds = seen.seconds * growth
-            if seconds > self.left():
+            # Each implementation may take its part of what is left, so that none starves another.
+            if seconds > self.left() / len(self.impls):
                 return Outcome(
                     OVER_BUDGET,
                     reason=f"would take about {seconds:.0f} s; "

@@ -6,6 +6,7 @@ be used across a fork and its start is slow: there, one spawned process serves a
 replaced when it dies.
 """
 
+import math
 import multiprocessing
 import signal
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from fusedformer.benchmarks import memory
 # The second is what torch.autograd.grad imports at its first call: a quarter of a second.
 _PRELOAD = ["fusedformer.benchmarks.points", "torch.fx.experimental.symbolic_shapes"]
 
-OK, OUT_OF_MEMORY, FAILED = "ok", "out of memory", "failed"
+OK, OUT_OF_MEMORY, TOO_SLOW, FAILED = "ok", "out of memory", "too slow", "failed"
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,23 @@ class Workers:
             self._process.join()
         self._process = None
 
-    def run(self, function: Callable, *args: Any) -> Outcome:
-        """function(*args) in another process; function is importable, its value picklable."""
+    def run(self, function: Callable, *args: Any, timeout: float = math.inf) -> Outcome:
+        """function(*args) in another process; function is importable, its value picklable.
+
+        Args:
+            timeout: seconds after which the call is ended and its outcome is TOO_SLOW.
+        """
         if self._process is None:
             self._start()
         try:
             self._connection.send((function, args))
-            outcome = self._connection.recv()
+            if self._connection.poll(None if timeout == math.inf else max(0.0, timeout)):
+                outcome = self._connection.recv()
+            else:
+                outcome = Outcome(TOO_SLOW, reason=f"not done after {timeout:.0f} s")
+                self._process.kill()
+                self._end()
+                return outcome
         except (EOFError, OSError):
             self._process.join()
             outcome = _death(self._process.exitcode)

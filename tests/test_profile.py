@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fusedformer.benchmarks import (
     fit,
     memory,
     options,
+    page,
     points,
     profile,
     providers,
@@ -301,11 +303,18 @@ def test_workers_survive_what_they_run(fresh):
         assert pool.run(os.getpid).value != os.getpid()
 
 
+def test_a_call_that_takes_too_long_is_ended():
+    with workers.Workers(fresh=True) as pool:
+        outcome = pool.run(time.sleep, 60, timeout=0.1)
+        assert (outcome.status, outcome.reason) == (workers.TOO_SLOW, "not done after 0 s")
+        assert pool.run(abs, -1).value == 1
+
+
 def test_what_does_not_fit_is_a_row(monkeypatch):
     class Pool:
         """Has a backend for everything, 1 GB of memory, and never runs."""
 
-        def run(self, function, *args):
+        def run(self, function, *args, timeout):
             assert function is points.look
             backends = {"fused": "reference", "plain": "eager", "sdpa": "flash"}
             return workers.Outcome(workers.OK, ({i: backends[i] for i in args[0]}, 10**9))
@@ -455,6 +464,12 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     assert found["state"] == "interrupted"
     assert len(found["rows"]) == 4 * 3
     assert "Interrupted" in (tmp_path / "attention.html").read_text()
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.3, False), (5.0, True), (None, False)])
+def test_a_busy_machine_is_said(load, said):
+    document = {"environment": {"load": load, "logical_cores": 4}}
+    assert (page.busy(document) is not None) == said
 
 
 def test_exponent_notes_are_said_once():
