@@ -278,7 +278,7 @@ def dropout_add_layer_norm_bwd(
         grad_bias = upstream.reshape(rows).sum(0).to(bias.dtype)
     return (
         grad_x.to(grad_y.dtype).contiguous(),
-        grad.to(z_dtype).contiguous() if residual_grad else None,
+        grad.to(z_dtype).clone(memory_format=torch.contiguous_format) if residual_grad else None,
         grad_weight,
         grad_bias,
     )
@@ -291,15 +291,15 @@ def _activation(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """act(z) and act'(z)."""
     if activation == "relu":
         return z.relu(), (z > 0).to(z.dtype)
-    if activation == "silu":  # z s(z), s the logistic function
-        s = z.sigmoid()
-        return z * s, s * (1 + z * (1 - s))
+    if activation == "silu":  # z s(z), s the logistic function: 1 - s(z) = s(-z)
+        return z * z.sigmoid(), z.sigmoid() * (1 + z * (-z).sigmoid())
     if activation == "gelu":  # z Phi(z), Phi(z) = P(X <= z) of a standard normal X
         cdf = torch.erfc(z * -math.sqrt(0.5)) / 2
         return z * cdf, cdf + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
     # z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3), and (1 + tanh u) / 2 = s(2 u).
-    s = (2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).sigmoid()
-    return z * s, s + z * s * (1 - s) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+    twice, slope = (2 * math.sqrt(2 / math.pi) * (1 + k * 0.044715 * z * z) for k in (1, 3))
+    s, rest = (z * twice).sigmoid(), (-z * twice).sigmoid()
+    return z * s, s + z * s * rest * slope
 
 
 def _biased(x: Tensor, bias: "Tensor | None") -> Tensor:
@@ -368,12 +368,12 @@ def cross_entropy_fwd(
     """
     x = logits.to(_compute_dtype(logits))
     ignored, bad, index, weight, row_weights = _targets(logits, target, weight, ignore_index)
-    lse = x.logsumexp(-1)
-    surprise = lse[..., None] - x  # -log softmax
+    surprise = -x.log_softmax(-1)  # LSE - x, exact even where LSE is large
     losses = (1 - smoothing) * row_weights * surprise.gather(-1, index[..., None])[..., 0]
     if smoothing > 0:
         losses = losses + smoothing / x.shape[-1] * (weight * surprise).sum(-1)
-    return losses.masked_fill(ignored, 0).masked_fill(bad, torch.nan), row_weights, lse
+    losses = losses.masked_fill(ignored, 0).masked_fill(bad, torch.nan)
+    return losses, row_weights, x.logsumexp(-1)
 
 
 def cross_entropy_bwd(
