@@ -59,10 +59,16 @@ def panels(rows: list[dict]) -> list[Panel]:
     ]
 
 
-def _lines(panel: Panel) -> "dict[str, tuple[str, str]]":
-    if panel.what == "time":
-        return {"forward_ms": ("forward", "-"), "backward_ms": ("backward", "--")}
-    return {"training_bytes": ("", "-")}
+# What a panel draws: quantity -> line style.
+_LINES = {
+    "time": {"forward_ms": "-", "backward_ms": "--"},
+    "memory": {"training_bytes": "-"},
+}
+
+_UNITS = {
+    "time": "milliseconds (dashed: backward)",
+    "memory": "peak MiB, beyond the inputs",
+}
 
 
 def draw(axes: Axes, panel: Panel, rows: list[dict], ink: str) -> None:
@@ -73,11 +79,11 @@ def draw(axes: Axes, panel: Panel, rows: list[dict], ink: str) -> None:
         if (causal, dropout_p) != (panel.causal, panel.dropout_p):
             continue
         colour, marker = _STYLES[impl]
-        for quantity, (direction, dashes) in _lines(panel).items():
+        for quantity, dashes in _LINES[panel.what].items():
             known = [(r[sweep], y) for r in members if (y := results.value(r, quantity))]
             if not known:
                 continue
-            name = results.series_label(members) + (f", {direction}" if direction else "")
+            name = results.series_label(members) if dashes == "-" else None
             axes.plot(
                 *zip(*known, strict=True), dashes, color=colour, marker=marker, ms=5, lw=1.8,
                 markerfacecolor=colour if dashes == "-" else "none", label=name,
@@ -94,8 +100,7 @@ def draw(axes: Axes, panel: Panel, rows: list[dict], ink: str) -> None:
     axes.tick_params(axis="x", labelrotation=45 if len(xs) > 6 else 0)
     axes.set_title(panel.title, color=ink)
     axes.set_xlabel("sequence length N" if sweep == "seq" else "head dimension d", color=ink)
-    unit = "milliseconds" if panel.what == "time" else "peak MiB, beyond the inputs"
-    axes.set_ylabel(unit, color=ink)
+    axes.set_ylabel(_UNITS[panel.what], color=ink)
     axes.tick_params(colors=ink, which="both")
     axes.grid(True, which="major", color=_GRID, alpha=0.3, lw=0.6)
     axes.patch.set_alpha(0)
@@ -104,8 +109,8 @@ def draw(axes: Axes, panel: Panel, rows: list[dict], ink: str) -> None:
         spine.set_visible(side in ("left", "bottom"))
     if axes.lines:
         axes.legend(
-            fontsize=8.5, frameon=False, labelcolor=ink, ncols=2 if panel.what == "time" else 1,
-            loc="upper center", bbox_to_anchor=(0.5, -0.26), columnspacing=1.2,
+            fontsize=10, frameon=False, labelcolor=ink, loc="upper center",
+            bbox_to_anchor=(0.5, -0.26),
         )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def parse(args: argparse.Namespace) -> Options:
         impl=_names(args.impl),
         device=device,
         budget=_seconds(args.budget),
-        out=_folder(args.out),
+        out=Path(args.out),
         text=text,
     )
 
@@ -224,10 +224,13 @@ def _seconds(got: str) -> float:
     return value
 
 
-def _folder(got: str) -> Path:
-    path = Path(got)
+def make_folder(out: Path) -> None:
+    """Makes the folder of --out.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {got} cannot be a folder: {error.strerror}") from None
-    return path
+        raise ValueError(f"--out {out} cannot be a folder: {error.strerror}") from None

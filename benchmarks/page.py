@@ -18,7 +18,7 @@ h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; }
 p { margin: .4rem 0; max-width: 46rem; }
 .soft, figcaption, caption, .notes { color: var(--soft); }
 .state { color: var(--accent); font-weight: 600; }
-.charts { display: grid; gap: 1rem;
+.charts { display: grid; gap: 1rem; margin-bottom: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; padding: .5rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
@@ -35,9 +35,12 @@ thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th.text, td.text { text-align: left; }
 tbody th { font-weight: 600; }
 details { margin: 0 0 .5rem; } summary { cursor: pointer; padding: .3rem 0; }
-.notes { font-size: .85rem; margin: 0 0 1.5rem; padding-left: 1.2rem; overflow-wrap: anywhere; }
+.notes { font-size: .85rem; margin: 0 0 1.5rem; padding-left: .75rem; list-style: none;
+  overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { table { font-size: .75rem; }
+  th, td { padding: .3rem .35rem; white-space: normal; } }
 """
 
 _FACTS = (

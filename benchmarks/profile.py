@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """
     started = time.perf_counter()
     options = options_module.parse(args)
+    options_module.make_folder(options.out)
     with workers.Workers(fresh=options.device == "cpu") as pool:
         environment = pool.run(points.describe, options.device)
         if environment.status != workers.OK:
@@ -130,8 +131,9 @@ def _write(document: results.Document, folder: Path) -> list[Path]:
     except ImportError:
         left_out.append("the PNG chart and the page's charts (matplotlib is not installed)")
     else:
-        charts.png(data["rows"], page.setting(data), folder / "attention.png")
-        written.append(folder / "attention.png")
+        if data["rows"]:  # an interrupt may come before the first
+            charts.png(data["rows"], page.setting(data), folder / "attention.png")
+            written.append(folder / "attention.png")
     if not terminal.HAS_RICH:
         left_out.append("the progress bar and ruled tables (rich is not installed)")
     (folder / "attention.html").write_text(page.page(data), encoding="utf-8")

@@ -449,20 +449,22 @@ def test_half_precision(tmp_path, dtype):
     assert {row["dtype"] for row in found["rows"]} == {dtype}
 
 
-def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+@pytest.mark.parametrize("points_done", [0, 4])
+def test_interrupt_keeps_what_was_measured(points_done, tmp_path, monkeypatch):
     whole = sweep.Sweep.run
 
     def cut(self, plan, before):
-        for index, _ in enumerate(whole(self, plan, before)):
+        for index, _ in enumerate(whole(self, plan[:points_done], before), 1):
             yield
-            if index == 3:
-                raise KeyboardInterrupt
+            if index == points_done:
+                break
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep.Sweep, "run", cut)
     assert cli.main(["profile", "attention", *TINY, "--out", str(tmp_path)]) == profile.INTERRUPTED
     found = json.loads((tmp_path / "attention.json").read_text())
     assert found["state"] == "interrupted"
-    assert len(found["rows"]) == 4 * 3
+    assert len(found["rows"]) == points_done * 3
     assert "Interrupted" in (tmp_path / "attention.html").read_text()
 
 
