@@ -50,20 +50,29 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _logistic_both(z):
+    """The logistic function s of z, and 1 - s without the subtraction's cancellation."""
+    tail = tl.exp(-tl.abs(z))
+    near = 1.0 / (1.0 + tail)
+    far = tail * near
+    return tl.where(z >= 0, near, far), tl.where(z >= 0, far, near)
+
+
+@triton.jit
 def _slope(z, ACTIVATION: tl.constexpr):
     """act'(z), float32."""
     if ACTIVATION == "relu":
         slope = tl.where(z > 0, 1.0, 0.0)
     elif ACTIVATION == "silu":
-        s = _logistic(z)
-        slope = s * (1.0 + z * (1.0 - s))
+        s, rest = _logistic_both(z)
+        slope = s * (1.0 + z * rest)
     elif ACTIVATION == "gelu":
         cdf = 0.5 + 0.5 * tl.math.erf(z * SQRT_HALF)
         slope = cdf + z * (tl.exp(-0.5 * z * z) * INV_SQRT_2PI)
     else:
-        s = _logistic(z * SQRT_8_OVER_PI * (1.0 + z * z * CUBIC))
+        s, rest = _logistic_both(z * SQRT_8_OVER_PI * (1.0 + z * z * CUBIC))
         # In this order a large z meets the zero of s (1 - s) before its square can overflow.
-        slope = s + z * s * (1.0 - s) * ((1.0 + z * z * 3.0 * CUBIC) * SQRT_8_OVER_PI)
+        slope = s + z * s * rest * ((1.0 + z * z * 3.0 * CUBIC) * SQRT_8_OVER_PI)
     return slope
 
 

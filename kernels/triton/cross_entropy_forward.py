@@ -44,20 +44,21 @@ def sum_of_weights(weight_sum_ptr, classes, HAS_WEIGHT: tl.constexpr):
 @triton.jit
 def _store_loss(
     losses_ptr, row_weights_ptr, lse_ptr, weight_sum_ptr,
-    rows, inside, ignored, bad, row_weight, lse, logit, centre,
+    rows, inside, ignored, bad, row_weight, logit, centre,
+    peak, log_total,  # LSE = peak + log_total; apart, for the loss to be exact where LSE is large
     excess,  # sum_j w_j (x_j - centre), if SMOOTHING
     classes, share, uniform,
     HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    loss = share * row_weight * (lse - logit)
+    loss = share * row_weight * (peak - logit + log_total)
     if SMOOTHING:
         # Of differences: sums of large logits would cancel.
         weight_sum = sum_of_weights(weight_sum_ptr, classes, HAS_WEIGHT)
-        loss += uniform * (weight_sum * (lse - centre) - excess)
+        loss += uniform * (weight_sum * (peak - centre + log_total) - excess)
     loss = tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss))
     tl.store(losses_ptr + rows, loss, mask=inside)
     tl.store(row_weights_ptr + rows, row_weight, mask=inside)
-    tl.store(lse_ptr + rows, lse, mask=inside)
+    tl.store(lse_ptr + rows, peak + log_total, mask=inside)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -94,7 +95,7 @@ def cross_entropy_narrow_fwd_kernel(
     logit, centre = _target_logit(logits_ptr, offsets, target, ignored, bad, in_rows)
     peak = tl.maximum(tl.max(x, 1), LOWEST)
     total = tl.sum(tl.exp(x - peak[:, None]), 1)
-    lse = peak + tl.log(tl.where(in_rows, total, 1.0))
+    log_total = tl.log(tl.where(in_rows, total, 1.0))
     excess = centre
     if SMOOTHING:
         terms = x - centre[:, None]
@@ -104,7 +105,7 @@ def cross_entropy_narrow_fwd_kernel(
         excess = tl.sum(tl.where(inside, terms, 0.0), 1)
     _store_loss(
         losses_ptr, row_weights_ptr, lse_ptr, weight_sum_ptr,
-        rows, in_rows, ignored, bad, row_weight, lse, logit, centre, excess,
+        rows, in_rows, ignored, bad, row_weight, logit, centre, peak, log_total, excess,
         classes, share, uniform, HAS_WEIGHT, SMOOTHING,
     )  # fmt: skip
 
@@ -199,9 +200,9 @@ def cross_entropy_wide_fwd_kernel(
             shared_centre, HAS_WEIGHT, SMOOTHING, ALIGNED, True,
         )  # fmt: skip
     highest = tl.max(peak, 0)
-    lse = highest + tl.log(tl.sum(total * tl.exp(peak - highest), 0))
+    log_total = tl.log(tl.sum(total * tl.exp(peak - highest), 0))
     _store_loss(
         losses_ptr, row_weights_ptr, lse_ptr, weight_sum_ptr,
-        rows, inside, ignored, bad, row_weight, lse, logit, centre, tl.sum(excess, 0),
-        classes, share, uniform, HAS_WEIGHT, SMOOTHING,
+        rows, inside, ignored, bad, row_weight, logit, centre, highest, log_total,
+        tl.sum(excess, 0), classes, share, uniform, HAS_WEIGHT, SMOOTHING,
     )  # fmt: skip
