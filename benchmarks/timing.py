@@ -102,7 +102,7 @@ def time_interleaved(
             for _ in range(warmup):
                 backward(forward())
         except Exception as error:
-            found[name] = {"error": error}
+            found[name] = _failed(error)
     order = [name for name in calls if "error" not in found[name]]
     start = time.perf_counter()
     for done in range(max_rounds):
@@ -115,10 +115,15 @@ def time_interleaved(
                 _, backward_ms = clock.measure(functools.partial(backward, out))
                 del out
             except Exception as error:
-                found[name] = {"error": error}
+                found[name] = _failed(error)
                 order.remove(name)
                 continue
             found[name]["forward_ms"].append(forward_ms)
             found[name]["backward_ms"].append(backward_ms)
         order = order[1:] + order[:1]
     return found
+
+
+def _failed(error: Exception) -> dict:
+    # A traceback keeps the tensors of its frames, which the other implementations may need.
+    return {"error": error.with_traceback(None)}

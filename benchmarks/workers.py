@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fusedformer.benchmarks import memory
 
 # The second is what torch.autograd.grad imports at its first call: a quarter of a second.
@@ -32,8 +34,6 @@ class Outcome:
 
 def failure(error: BaseException) -> Outcome:
     """The outcome of a call that raised."""
-    import torch
-
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")
     # On a CPU torch raises a plain RuntimeError, known only by its text.
@@ -54,6 +54,8 @@ def _serve(connection: Any) -> None:
             outcome = Outcome(OK, function(*args))
         except Exception as error:
             outcome = failure(error)
+        if outcome.status != OK and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # pieces that the next call could not use
         connection.send(outcome)
 
 
