@@ -40,9 +40,10 @@ dispatch.define(
 
 
 class _Dropout(torch.autograd.Function):
+    # Named one by one: where nothing needs a gradient, Dynamo cannot trace a forward(*args).
     @staticmethod
-    def forward(*args):
-        return torch.ops.fusedformer.dropout_fwd.default(*args)
+    def forward(x, seed, p, backend):
+        return torch.ops.fusedformer.dropout_fwd.default(x, seed, p, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -125,9 +125,14 @@ dispatch.define(
 
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
+    # Named one by one: where nothing needs a gradient, Dynamo cannot trace a forward(*args).
     @staticmethod
-    def forward(*args):
-        return torch.ops.fusedformer.dropout_add_layer_norm_fwd.default(*args)
+    def forward(
+        x, residual, weight, bias, seed, dropout_p, eps, is_rms_norm, prenorm, z_dtype, backend
+    ):  # fmt: skip
+        return torch.ops.fusedformer.dropout_add_layer_norm_fwd.default(
+            x, residual, weight, bias, seed, dropout_p, eps, is_rms_norm, prenorm, z_dtype, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -149,9 +154,12 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_z, *_):
+        if not ctx.options[2]:  # prenorm: under torch.compile an unused z has a gradient, too
+            grad_z = None
         if grad_y is None and grad_z is None:
             return (None,) * 11
-        source = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # once: checkpointing allows no more
+        source = saved[0]
         if grad_y is None:
             grad_y = source.new_zeros((), dtype=ctx.x_dtype).expand(source.shape)
         wanted = [
@@ -160,7 +168,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             ctx.needs_input_grad[3],
         ]
         grads = torch.ops.fusedformer.dropout_add_layer_norm_bwd.default(
-            grad_y, grad_z, *ctx.saved_tensors, *ctx.options, *wanted, ctx.backend
+            grad_y, grad_z, *saved, *ctx.options, *wanted, ctx.backend
         )
         found = [grad if want else None for grad, want in zip(grads[1:], wanted, strict=True)]
         if ctx.has_residual and ctx.same_grad:
@@ -242,6 +250,8 @@ def dropout_add_layer_norm(
     _check(OP, x, eps, residual=residual, weight=weight, bias=bias)
     check_dropout_p(OP, dropout_p)
     seed = rng.as_seed(OP, seed, x.device) if dropout_p > 0 else None
+    if residual is x:
+        residual = x.view(x.shape)  # Dynamo cannot trace a Function that takes a tensor twice
     z_dtype = x.dtype if residual is None else residual.dtype
     if residual is None and residual_in_fp32:
         z_dtype = _stats_dtype(x)
