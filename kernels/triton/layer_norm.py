@@ -156,15 +156,27 @@ def dropout_add_layer_norm_fwd(
     return y, z, mean, rstd
 
 
-def _add_up(sums: list[Tensor], grads: list[Tensor]) -> None:
-    """Each gradient from its sums, a row a program, in a fixed order; one launch for both."""
-    programs, width = sums[0].shape
+def _sums(
+    parameter: "Tensor | None", wanted: bool, programs: int
+) -> "tuple[Tensor | None, Tensor | None]":
+    """Room for the sums of a parameter's gradient, a row a program, and for the gradient."""
+    if parameter is None or not wanted:
+        return None, None
+    sums = _empty(parameter, (programs, *parameter.shape), torch.float32)
+    return sums, _empty(parameter, parameter.shape, parameter.dtype)
+
+
+def _add_up(*pairs: "tuple[Tensor | None, Tensor | None]") -> None:
+    """Each gradient from its sums, in a fixed order; one launch for both."""
+    wanted = [(sums, grad) for sums, grad in pairs if sums is not None]
+    if not wanted:
+        return
+    (sums, grad), (more_sums, more_grad) = (*wanted, (None, None))[:2]
+    programs, width = wanted[0][0].shape
     launch(
         layer_norm_weight_grads_kernel,
         (triton.cdiv(width, 32),),
-        *(sums[0], grads[0], *((sums[1], grads[1]) if len(sums) > 1 else (None, None))),
-        programs,
-        width,
+        *(sums, grad, more_sums, more_grad, programs, width),
         PROGRAMS=64,
         BLOCK=32,
         num_warps=4,
@@ -200,16 +212,13 @@ def dropout_add_layer_norm_bwd(
     grad_z_rows, grad_z_stride = _rows(grad_z, width)
     grad_x = _empty(source, source.shape, grad_y.dtype)
     grad_residual = _empty(source, source.shape, z_dtype) if residual_grad else None
-    parameters = ((weight, weight_grad), (bias, bias_grad))
-    sums = [
-        _empty(source, (programs, width), torch.float32) if want else None for _, want in parameters
-    ]
-    grads = [_empty(source, p.shape, p.dtype) if want else None for p, want in parameters]
+    weight_sums, grad_weight = _sums(weight, weight_grad, programs)
+    bias_sums, grad_bias = _sums(bias, bias_grad, programs)
     launch(
         layer_norm_wide_bwd_kernel if config.wide else layer_norm_bwd_kernel,
         (programs,),
         *(source_rows, residual_rows, _vector(weight), seed, mean, rstd, grad_y_rows, grad_z_rows),
-        *(grad_x, grad_residual, *sums),
+        *(grad_x, grad_residual, weight_sums, bias_sums),
         *(source_stride, residual_stride, grad_y_stride, grad_z_stride, n_rows, width),
         *_dropout_arguments(seed, dropout_p),
         PRENORM=prenorm,
@@ -218,6 +227,5 @@ def dropout_add_layer_norm_bwd(
         BLOCK=config.block,
         num_warps=config.warps,
     )
-    if weight_grad or bias_grad:
-        _add_up([s for s in sums if s is not None], [g for g in grads if g is not None])
-    return grad_x, grad_residual, *grads
+    _add_up((weight_sums, grad_weight), (bias_sums, grad_bias))
+    return grad_x, grad_residual, grad_weight, grad_bias
