@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fusedformer import aot_cases
+from fusedformer import aot_cases, aot_row_cases
 
 # Shared memory that one block may have, in bytes (CUDA C++ Programming Guide, "Compute
 # Capabilities"), and multiprocessors of the chip's best known GPU.
@@ -33,7 +33,13 @@ MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
 # Bytes of stack a thread that are accepted: float32 anywhere, 16 bits outside sm_80 and sm_90.
 SPILL_CEILING = {32: 512, 16: 0}
 
-_MATRIX = (("wgmma", r"\bwgmma\.mma_async"), ("tcgen05", r"\btcgen05\.mma"), ("mma", r"\bmma\.sync"))
+CASES = aot_cases.CASES | aot_row_cases.CASES
+
+_MATRIX = (
+    ("wgmma", r"\bwgmma\.mma_async"),
+    ("tcgen05", r"\btcgen05\.mma"),
+    ("mma", r"\bmma\.sync"),
+)
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -74,7 +80,11 @@ def signature(kernel: Any, args: tuple, options: dict) -> tuple[dict, dict, dict
         if isinstance(value, torch.Tensor):
             types[parameter.name] = _POINTERS[value.dtype]
             attributes[index,] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+        elif (
+            parameter.is_constexpr
+            or value is None
+            or (value == 1 and not parameter.do_not_specialize)
+        ):
             if isinstance(value, float) and not parameter.is_constexpr:
                 types[parameter.name] = "fp32"
                 continue
@@ -117,7 +127,7 @@ def compile_case(name: str, capability: int) -> list[Report]:
 
     if launch.INTERPRETED:
         raise RuntimeError("aot: TRITON_INTERPRET must not be set: the interpreter cannot compile")
-    case = aot_cases.CASES[name]
+    case = CASES[name]
     with launch.recording(launch.Chip(capability, MULTIPROCESSORS[capability])) as launches:
         case.call()
     reports = []
@@ -197,7 +207,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compiles, prints a line a kernel, and returns 1 if a budget is broken."""
-    names = [name for name in aot_cases.CASES if args.only in name]
+    names = [name for name in CASES if args.only in name]
     unknown = [arch for arch in args.arch if arch not in SHARED_LIMIT]
     if unknown or not names:
         wanted = f"--arch takes {', '.join(map(str, SHARED_LIMIT))}; got {unknown}"
