@@ -45,6 +45,8 @@ def peak_memory(impl: str, case: Case) -> tuple[dict, dict]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if case.device == "cpu":
+            memory.return_freed_blocks()
         tensors = providers.inputs(case)
         _warm(impl, case)
         forward, backward = providers.call(impl, case, tensors)

@@ -75,13 +75,23 @@ def fits(rows: list[dict]) -> list[dict]:
     return found
 
 
+def longest_bins(bins: list[dict]) -> list[dict]:
+    """The longest bins that together hold at most a tenth of the paragraphs; at least one."""
+    most = sum(part["count"] for part in bins) / 10
+    start = len(bins) - 1
+    while start > 0 and sum(part["count"] for part in bins[start - 1 :]) <= most:
+        start -= 1
+    return bins[start:]
+
+
 def text_totals(rows: list[dict], bins: list[dict]) -> list[dict]:
     """What a whole text costs each series: its bins' counts times the time at their length.
 
     ``seconds`` is forward and backward over all paragraphs, one at a time; ``longest_share`` the
-    part of it spent in the longest bin; both None when a bin was not measured.
+    part of it spent in longest_bins(); both None when a bin was not measured.
     """
     found = []
+    tail = longest_bins(bins)
     for (impl, causal, dropout_p), members in series(rows, "seq").items():
         spent = {}
         for row in members:
@@ -96,7 +106,7 @@ def text_totals(rows: list[dict], bins: list[dict]) -> list[dict]:
                 "causal": causal,
                 "dropout_p": dropout_p,
                 "seconds": None if missing else sum(costs) / 1e3,
-                "longest_share": None if missing else costs[-1] / sum(costs),
+                "longest_share": None if missing else sum(costs[-len(tail) :]) / sum(costs),
                 "not_measured": missing,
             }
         )

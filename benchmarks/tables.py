@@ -158,12 +158,13 @@ def text(document: dict) -> list[Table]:
         )
     ]
     if document["text_totals"]:
-        longest = held["bins"][-1]
-        share = longest["count"] / held["paragraphs"]
+        longest = results.longest_bins(held["bins"])
+        share = sum(part["count"] for part in longest) / held["paragraphs"]
+        span = f"{longest[0]['low']} to {longest[-1]['high'] - 1}"
         found.append(
             Table(
                 "The whole text, one paragraph at a time, forward and backward",
-                ["variant", "ran", "seconds", "of it in the longest bin"],
+                ["variant", "ran", "seconds", "of it in the longest"],
                 [
                     [
                         results.variant_label(total["causal"], total["dropout_p"]),
@@ -173,7 +174,7 @@ def text(document: dict) -> list[Table]:
                     ]
                     for total in document["text_totals"]
                 ],
-                (f"The longest bin holds {share:.1%} of the paragraphs.",),
+                (f"The longest: {span}, {share:.1%} of the paragraphs.",),
             )
         )
     return found

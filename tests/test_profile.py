@@ -160,6 +160,12 @@ def test_defaults_can_be_fitted(device):
 # --- Lengths of a text ----------------------------------------------------------------------------
 
 
+def test_the_longest_bins_hold_a_tenth_at_most():
+    bins = [{"count": count} for count in (60, 25, 6, 3, 2)]
+    assert results.longest_bins(bins) == bins[3:]
+    assert results.longest_bins([{"count": 4}, {"count": 96}]) == [{"count": 96}]
+
+
 def test_text_paragraphs_in_bytes(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("  añb\n\ncd\nef\n \n\n" + "x" * 100 + "\n", encoding="utf-8")
