@@ -113,7 +113,8 @@ def test_backend_pairs_gpu(case, dtype):
     check_pairs({**case, "dtype": dtype}, "cuda")
 
 
-@pytest.mark.parametrize("classes", [63, 1000, 4097, 8192])
+# 8189: the last block ends less than an access past the row.
+@pytest.mark.parametrize("classes", [63, 1000, 4097, 8189, 8192])
 @pytest.mark.parametrize("pitch", [0, 64])
 def test_gradient_over_the_logits(classes, pitch):
     buffer = torch.randn(6, classes + pitch)
