@@ -1,6 +1,7 @@
 """The tables of a profile as plain data, which the terminal and the page both show."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fusedformer.benchmarks import results, workers
 
@@ -152,7 +153,7 @@ def text(document: dict) -> list[Table]:
     unit = held["unit"]
     found = [
         Table(
-            f"{held['paragraphs']} paragraphs of {held['file']}, lengths in {unit}",
+            f"{held['paragraphs']} paragraphs of {Path(held['file']).name}, lengths in {unit}",
             ["length", "measured at", "paragraphs", ""],
             bars,
         )
