@@ -7,6 +7,7 @@ from bounds import assert_within_bound
 from torch.nn import functional
 
 import fusedformer
+from fusedformer.kernels.triton import layer_norm as launchers
 
 BACKENDS = ("reference", "triton")
 OPS = torch.ops.fusedformer
@@ -90,14 +91,25 @@ def test_the_cases_cover_every_pair_of_options():
             assert len(met) == len(cases.OPTIONS[a]) * len(cases.OPTIONS[b]), (a, b)
 
 
-# More tiles than programs, of one block and of several: a program's sums go on from tile to tile.
-@pytest.mark.parametrize(
-    "size", [(70, 200), (37, 2500), pytest.param((40, 8200), marks=pytest.mark.slow)], ids=str
-)
-def test_weight_gradients_over_many_tiles(size):
+def _many_tiles(size: tuple[int, int]) -> dict:
     case = {name: values[0] for name, values in cases.OPTIONS.items()}
-    case |= {"size": size, "weight": torch.float32, "bias": torch.float32}
-    check_pairs(case)
+    return case | {"size": size, "weight": torch.float32, "bias": torch.float32, "p": 0.1}
+
+
+# More tiles than programs: a program's sums go on from tile to tile.
+@pytest.mark.parametrize("size", [(70, 200), (11, 2100)], ids=str)
+def test_weight_gradients_over_many_tiles(size):
+    check_pairs(_many_tiles(size))
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+def test_many_tiles_of_many_blocks(monkeypatch, is_rms_norm):
+    """As wide rows are done, but with blocks so small that a few numbers make many of them."""
+    config = launchers.Config(rows=2, block=32, warps=4, wide=True)
+    monkeypatch.setattr(launchers, "forward_config", lambda *args: config)
+    monkeypatch.setattr(launchers, "backward_config", lambda *args, **kwargs: config)
+    rest = {"is_rms_norm": is_rms_norm, "prenorm": not is_rms_norm, "grads": "both"}
+    check_pairs(_many_tiles((37, 70)) | rest)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -74,7 +74,7 @@ def backward_config(width: int, replayed: bool) -> Config:
         # Below 256 columns a thread's elements lie in several rows: fewer of them, or they spill.
         return _one_block(width, 1024 if width > 128 else 512, 8)
     # Four rows share the traffic of the weight sums that a wide row cannot keep in registers.
-    return Config(4, 1024, 8, wide=True)
+    return Config(4, 1024, 16, wide=True)
 
 
 def backward_programs(n_rows: int, config: Config, device: torch.device) -> int:
