@@ -43,7 +43,8 @@ def group(module: str) -> str:
     first, name = (*parts, "", "")[:2]
     if first != "kernels":
         # aot looks at what launchers would launch, so it has to know the Triton backend.
-        own = ("transformer", "benchmarks", "aot", "aot_cases")
+        first = "aot" if first.startswith("aot") else first
+        own = ("transformer", "benchmarks", "aot")
         return first if first in own else "package"
     if name in ("dispatch", "reference", "triton", "native"):
         return name
