@@ -32,12 +32,14 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 def _attention(dtype: torch.dtype, dim: int, flags: str, dropout: bool) -> None:
     from fusedformer.kernels.triton import attention as backend
 
-    heads, key_heads, length = 4, 2 if flags == "all" else 4, 4096
+    everything = flags in ("all", "ragged")
+    heads, key_heads = 4, 2 if everything else 4
+    length = 4095 if flags == "ragged" else 4096  # an odd one leaves the mask's rows unaligned
     query, grad_out = (_meta(2, heads, length, dim, dtype=dtype) for _ in range(2))
     key, value = (_meta(2, key_heads, length, dim, dtype=dtype) for _ in range(2))
-    everything = flags == "all"
     mask = {
         "all": lambda: _meta(1, heads, length, length, dtype=dtype),
+        "ragged": lambda: _meta(1, heads, length, length, dtype=torch.float32),
         "bool": lambda: _meta(2, 1, 1, length, dtype=torch.bool),
     }.get(flags, lambda: None)()
     lengths = _meta(2, dtype=torch.int32) if everything or flags == "bool" else None
@@ -55,7 +57,7 @@ def _attention(dtype: torch.dtype, dim: int, flags: str, dropout: bool) -> None:
 def _add_attention() -> None:
     for dtype_name, dtype in DTYPES.items():
         for dim in (16, 32, 64, 72, 128, 256):
-            for flags in ("none", "causal", "bool", "all"):
+            for flags in ("none", "causal", "bool", "all", "ragged"):
                 for dropout in (False, True):
                     name = f"attention-{dtype_name}-d{dim}-{flags}-p{0.1 if dropout else 0}"
                     quick = dim in (64, 128) and dtype_name != "fp16"

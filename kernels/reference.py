@@ -89,7 +89,7 @@ def attention_fwd(
     dropout_p: float,
     offsets: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """O = dropout(P) V with P = exp(S - LSE), LSE = log sum_j exp(S): the softmax of S.
+    """O = dropout(P) V with P = softmax(S); LSE = log sum_j exp(S), so that P = exp(S - LSE).
 
     A row with nothing to attend to has P = 0, O = 0 and LSE = -inf.
     """
@@ -97,7 +97,7 @@ def attention_fwd(
     hidden = attention_hidden(query, key, mask, key_lengths, diagonal)
     scores = _attention_scores(q, k, mask, hidden, scale)
     lse = scores.logsumexp(-1)  # (B, H, Nq)
-    weights = torch.exp(scores - lse[..., None]).masked_fill(hidden, 0)  # P
+    weights = scores.softmax(-1).masked_fill(hidden, 0)  # P
     if seed is not None:
         keep = rng.attention_keep(seed, dropout_p, tuple(scores.shape), offsets)
         weights = weights * keep / (1 - dropout_p)
@@ -123,21 +123,21 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:
     """With M = keep / (1 - p), so that O = (P o M) V:
 
-    dV = (P o M)^T dO; dP = M o (dO V^T); dS = P o (dP - rowsum(dO o O) + dLSE);
+    dV = (P o M)^T dO; dP = M o (dO V^T); dS = P o (dP - rowsum(P o dP) + dLSE);
     dQ = scale dS K; dK = scale dS^T Q; dmask = dS, summed over the dimensions it broadcasts.
     """
     q, k, v = _attention_operands(query, key, value, key_lengths)
     hidden = attention_hidden(query, key, mask, key_lengths, diagonal)
     scores = _attention_scores(q, k, mask, hidden, scale)
-    weights = torch.exp(scores - lse[..., None]).masked_fill(hidden, 0)
-    grad_out, out = grad_out.to(q.dtype), out.to(q.dtype)
+    weights = scores.softmax(-1).masked_fill(hidden, 0)
+    grad_out = grad_out.to(q.dtype)
     kept = 1.0
     if seed is not None:
         keep = rng.attention_keep(seed, dropout_p, tuple(scores.shape), offsets)
         kept = keep / (1 - dropout_p)
     grad_v = (weights * kept).mT @ grad_out
     grad_weights = kept * (grad_out @ v.mT)
-    shift = (grad_out * out).sum(-1)
+    shift = (weights * grad_weights).sum(-1)  # which the other backends get as rowsum(dO o O)
     if grad_lse is not None:
         shift = shift - grad_lse
     grad_scores = weights * (grad_weights - shift[..., None])

@@ -107,9 +107,12 @@ def _mask_arguments(mask: "Tensor | None", placeholder: Tensor) -> tuple[Tensor,
     return mask, strides, ADDITIVE_MASK.value
 
 
-def _scale_arguments(scale: float) -> tuple[float, float]:
-    """|scale| log2(e) and the sign. A zero scale is made tiny: -inf times zero would be NaN."""
-    return max(abs(scale), 1e-30) * LOG2E.value, -1.0 if scale < 0 else 1.0
+def _positive_scale(scale: float, dtype: torch.dtype) -> float:
+    """|scale|, in units of log2 for 16 bits (see exponentials()).
+
+    A zero scale is made tiny: a hidden score is -inf, and 0 * -inf is NaN.
+    """
+    return max(abs(scale), 1e-30) * (1.0 if dtype == torch.float32 else LOG2E.value)
 
 
 def _new(like: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _options(query: Tensor, key: Tensor, diagonal, flag: int, key_lengths, seed, config: Config):
+def _options(query, key, diagonal, flag, key_lengths, seed, scale, config):
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "DIM": query.shape[3],
@@ -132,6 +135,8 @@ def _options(query: Tensor, key: Tensor, diagonal, flag: int, key_lengths, seed,
         "MASK": flag,
         "HAS_LENGTHS": key_lengths is not None,
         "DROPOUT": seed is not None,
+        "NEGATIVE": scale < 0,
+        "EXACT": query.dtype == torch.float32,
         # float32 through three TF32 products keeps float32's accuracy on tensor cores.
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
         "num_warps": config.warps,
@@ -169,9 +174,9 @@ def attention_fwd(
         query, key, value, out, lse, mask,
         query if key_lengths is None else key_lengths, query if seed is None else seed,
         *_strides(query, key, value, out), *mask_strides,
-        heads, n_queries, key.shape[2], diagonal or 0, *_scale_arguments(scale),
+        heads, n_queries, key.shape[2], diagonal or 0, _positive_scale(scale, query.dtype),
         rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets,
-        **_options(query, key, diagonal, flag, key_lengths, seed, config),
+        **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
     )  # fmt: skip
     return out, lse
 
@@ -212,29 +217,30 @@ def attention_bwd(
     mask, mask_strides, flag = _mask_arguments(mask, query)
     lengths = query if key_lengths is None else key_lengths
     seed_or_none = query if seed is None else seed
-    folded = _scale_arguments(scale)
+    positive_scale = _positive_scale(scale, query.dtype)
     random = (rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets)
     inputs = _strides(query, key, value, grad_out)
     sizes = (heads, n_queries, n_keys, diagonal or 0)
     where, dropout = chip(query.device), seed is not None
 
-    grad_key, grad_value, grad_query = _new(key), _new(value), _new(query)
-    config = key_value_grads_config(block_d, query.dtype, dropout, where)
-    launch(
-        attention_key_value_grads_kernel,
-        (triton.cdiv(n_keys, config.block_n) * batch * key.shape[1],),
-        query, key, value, grad_out, grad_key, grad_value, lse, shift, mask, lengths, seed_or_none,
-        *inputs, *_strides(grad_key, grad_value), *mask_strides, *sizes, scale, *folded, *random,
-        **_options(query, key, diagonal, flag, key_lengths, seed, config),
-    )  # fmt: skip
+    grad_query, grad_key, grad_value = _new(query), _new(key), _new(value)
     config = query_grads_config(block_d, query.dtype, dropout, where)
-    options = _options(query, key, diagonal, flag, key_lengths, seed, config)
+    options = _options(query, key, diagonal, flag, key_lengths, seed, scale, config)
     launch(
         attention_query_grads_kernel,
         (triton.cdiv(n_queries, config.block_m) * batch * heads,),
         query, key, value, grad_out, grad_query, lse, shift, mask, lengths, seed_or_none,
-        *inputs, *_strides(grad_query), *mask_strides, *sizes, scale, *folded, *random,
+        *inputs, *_strides(grad_query), *mask_strides, *sizes, positive_scale, scale, *random,
         **options,
+    )  # fmt: skip
+    kv_config = key_value_grads_config(block_d, query.dtype, dropout, where)
+    launch(
+        attention_key_value_grads_kernel,
+        (triton.cdiv(n_keys, kv_config.block_n) * batch * key.shape[1],),
+        query, key, value, grad_out, grad_key, grad_value, lse, shift, mask, lengths, seed_or_none,
+        *inputs, *_strides(grad_key, grad_value), *mask_strides, *sizes,
+        positive_scale, scale, *random,
+        **_options(query, key, diagonal, flag, key_lengths, seed, scale, kv_config),
     )  # fmt: skip
     if not mask_grad:
         return grad_query, grad_key, grad_value, None
@@ -251,6 +257,6 @@ def attention_bwd(
         query, key, value, grad_out, lse, shift, mask, grad_mask, lengths, seed_or_none,
         *inputs, *mask_strides, *grad_mask.stride(),
         batch, heads, n_queries, n_keys, mask_batches, mask_heads, diagonal or 0,
-        *folded, *random, ONE_ROW=one_row, ONE_COLUMN=one_column, **options,
+        positive_scale, *random, ONE_ROW=one_row, ONE_COLUMN=one_column, **options,
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_mask

@@ -11,7 +11,7 @@ import triton.language as tl
 from fusedformer.kernels.triton.attention_tiles import (
     NO_MASK,
     key_length,
-    load_lse_log2,
+    load_lse,
     load_rows,
     score_grads,
     store_rows,
@@ -51,11 +51,11 @@ def _key_value_grads(
     query, grad_out, lse, shift, stride_query, stride_grad_out,
     mask, stride_mask_i, stride_mask_j,
     start_j, first, n_first, second, n_tiles,
-    n_queries, length, diagonal, scale_log2,
+    n_queries, length, diagonal, scale,
     seed, threshold, inverse_keep_p, batch, head, query_offset, key_offset,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what n_tiles tiles of queries give: n_first from `first` on, the rest from `second`."""
     j = start_j + tl.arange(0, BLOCK_N)
@@ -69,7 +69,7 @@ def _key_value_grads(
         g = load_rows(
             grad_out, start_i, stride_grad_out, n_queries, DIM, BLOCK_M, BLOCK_D, BOUNDARY
         )
-        lse_log2 = load_lse_log2(lse, i, n_queries)
+        row_lse = load_lse(lse, i, n_queries, EXACT)
         row_shift = tl.load(shift + i, mask=i < n_queries, other=0.0)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         grad_weights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
@@ -79,19 +79,19 @@ def _key_value_grads(
                 seed, threshold, batch, head, query_offset + start_i, key_offset + start_j,
                 BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
-        weights, grad_scores = score_grads(
-            products, grad_weights, lse_log2[None, :], row_shift[None, :], keep, inverse_keep_p,
-            scale_log2, i[None, :], j[:, None], n_queries, length, diagonal,
-            mask, stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY, DROPOUT,
+        dropped, grad_scores = score_grads(
+            products, grad_weights, row_lse[None, :], row_shift[None, :], keep, inverse_keep_p,
+            scale, start_i, start_j, i[None, :], j[:, None], n_queries, length, diagonal,
+            mask, stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY, DROPOUT, EXACT,
         )  # fmt: skip
-        grad_value = tl.dot(weights.to(g.dtype), g, grad_value, input_precision=PRECISION)
+        grad_value = tl.dot(dropped.to(g.dtype), g, grad_value, input_precision=PRECISION)
         grad_key = tl.dot(grad_scores.to(q.dtype), q, grad_key, input_precision=PRECISION)
     return grad_key, grad_value
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_queries", "n_keys", "diagonal", "stride_mb", "stride_mh", "stride_mi", "stride_mj",
+        "n_queries", "n_keys", "diagonal",
         "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
     ]
 )  # fmt: skip
@@ -112,14 +112,15 @@ def attention_key_value_grads_kernel(
     stride_dvb: tl.int64, stride_dvh: tl.int64, stride_dvn: tl.int64,
     stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
     heads, n_queries, n_keys, diagonal,
-    scale,  # with its sign
-    scale_log2, sign,  # as in the forward
+    scale,  # as in the forward
+    grad_scale,  # the scale with its sign
     threshold: tl.uint32, inverse_keep_p,
     batch_offset, head_offset, query_offset, key_offset,
     GROUP: tl.constexpr,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Under a causal mask the first keys are seen by most queries: longest first as they come.
     tiles = tl.cdiv(n_keys, BLOCK_N)
@@ -149,7 +150,8 @@ def attention_key_value_grads_kernel(
     k_base = key + batch * stride_kb + key_head * stride_kh
     v_base = value + batch * stride_vb + key_head * stride_vh
     k = load_rows(k_base, start_j, stride_kn, length, DIM, BLOCK_N, BLOCK_D, True)
-    k = (k * sign).to(k.dtype)  # exact; see the forward
+    if NEGATIVE:
+        k = (-k.to(tl.float32)).to(k.dtype)
     v = load_rows(v_base, start_j, stride_vn, length, DIM, BLOCK_N, BLOCK_D, True)
     random_seed = 0
     if DROPOUT:
@@ -170,14 +172,14 @@ def attention_key_value_grads_kernel(
                 stride_qn, stride_gn, m_base, stride_mi, stride_mj,
                 start_j, (first if BOUNDARY else full) * BLOCK_M, n_first, second * BLOCK_M,
                 n_first + total - second if BOUNDARY else whole - full,
-                n_queries, length, diagonal, scale_log2,
+                n_queries, length, diagonal, scale,
                 random_seed, threshold, inverse_keep_p, batch + batch_offset, head + head_offset,
                 query_offset, key_offset,
-                DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, PRECISION,
+                DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, EXACT, PRECISION,
             )  # fmt: skip
     if DROPOUT:
         dv = dv * inverse_keep_p
-    dk = dk * scale
+    dk = dk * grad_scale
     grad_key += batch * stride_dkb + key_head * stride_dkh
     grad_value += batch * stride_dvb + key_head * stride_dvh
     store_rows(grad_key, start_j, stride_dkn, n_keys, dk, DIM, BLOCK_N, BLOCK_D)
@@ -187,13 +189,13 @@ def attention_key_value_grads_kernel(
 @triton.jit
 def _query_grads(
     grad_query,  # accumulator (BLOCK_M, BLOCK_D)
-    q, g, lse_log2, row_shift,
+    q, g, row_lse, row_shift,
     key, value, stride_key, stride_value, mask, stride_mask_i, stride_mask_j,
-    start_i, start, end, n_queries, length, diagonal, scale_log2,
+    start_i, start, end, n_queries, length, diagonal, scale,
     seed, threshold, inverse_keep_p, batch, head, query_offset, key_offset,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = start_i + tl.arange(0, BLOCK_M)
     for start_j in range(start, end, BLOCK_N):
@@ -210,9 +212,9 @@ def _query_grads(
                 BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
         _, grad_scores = score_grads(
-            products, grad_weights, lse_log2[:, None], row_shift[:, None], keep, inverse_keep_p,
-            scale_log2, i[:, None], j[None, :], n_queries, length, diagonal,
-            mask, stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY, DROPOUT,
+            products, grad_weights, row_lse[:, None], row_shift[:, None], keep, inverse_keep_p,
+            scale, start_i, start_j, i[:, None], j[None, :], n_queries, length, diagonal,
+            mask, stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY, DROPOUT, EXACT,
         )  # fmt: skip
         grad_query = tl.dot(grad_scores.to(k.dtype), k, grad_query, input_precision=PRECISION)
     return grad_query
@@ -220,7 +222,7 @@ def _query_grads(
 
 @triton.jit(
     do_not_specialize=[
-        "n_queries", "n_keys", "diagonal", "stride_mb", "stride_mh", "stride_mi", "stride_mj",
+        "n_queries", "n_keys", "diagonal",
         "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
     ]
 )  # fmt: skip
@@ -239,14 +241,15 @@ def attention_query_grads_kernel(
     stride_dqb: tl.int64, stride_dqh: tl.int64, stride_dqn: tl.int64,
     stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
     heads, n_queries, n_keys, diagonal,
-    scale,  # with its sign
-    scale_log2, sign,  # as in the forward
+    scale,  # as in the forward
+    grad_scale,  # the scale with its sign
     threshold: tl.uint32, inverse_keep_p,
     batch_offset, head_offset, query_offset, key_offset,
     GROUP: tl.constexpr,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n_queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -273,10 +276,11 @@ def attention_query_grads_kernel(
     query += batch * stride_qb + head * stride_qh
     grad_out += batch * stride_gb + head * stride_gh
     q = load_rows(query, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
-    q = (q * sign).to(q.dtype)  # exact; see the forward
+    if NEGATIVE:
+        q = (-q.to(tl.float32)).to(q.dtype)
     g = load_rows(grad_out, start_i, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
     rows = batch_head.to(tl.int64) * n_queries
-    lse_log2 = load_lse_log2(lse + rows, i, n_queries)
+    row_lse = load_lse(lse + rows, i, n_queries, EXACT)
     row_shift = tl.load(shift + rows + i, mask=i < n_queries, other=0.0)
     random_seed = 0
     if DROPOUT:
@@ -284,21 +288,21 @@ def attention_query_grads_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for BOUNDARY in tl.static_range(2):
         dq = _query_grads(
-            dq, q, g, lse_log2, row_shift,
+            dq, q, g, row_lse, row_shift,
             key, value, stride_kn, stride_vn, mask, stride_mi, stride_mj,
             start_i, full if BOUNDARY else 0, end if BOUNDARY else full,
-            n_queries, length, diagonal, scale_log2,
+            n_queries, length, diagonal, scale,
             random_seed, threshold, inverse_keep_p, batch + batch_offset, head + head_offset,
             query_offset, key_offset,
-            DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, PRECISION,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, EXACT, PRECISION,
         )  # fmt: skip
     grad_query += batch * stride_dqb + head * stride_dqh
-    store_rows(grad_query, start_i, stride_dqn, n_queries, dq * scale, DIM, BLOCK_M, BLOCK_D)
+    store_rows(grad_query, start_i, stride_dqn, n_queries, dq * grad_scale, DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_queries", "n_keys", "diagonal", "stride_mb", "stride_mh", "stride_mi", "stride_mj",
+        "n_queries", "n_keys", "diagonal",
         "stride_gmb", "stride_gmh", "stride_gmi", "stride_gmj",
         "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
         "batches", "mask_batches", "mask_heads",
@@ -320,13 +324,14 @@ def attention_mask_grad_kernel(
     stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
     stride_gmb: tl.int64, stride_gmh: tl.int64, stride_gmi: tl.int64, stride_gmj: tl.int64,
     batches, heads, n_queries, n_keys, mask_batches, mask_heads, diagonal,
-    scale_log2, sign,  # as in the forward
+    scale,  # as in the forward
     threshold: tl.uint32, inverse_keep_p,
     batch_offset, head_offset, query_offset, key_offset,
     GROUP: tl.constexpr,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
     ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,  # the mask broadcasts over queries, over keys
 ):  # fmt: skip
     """One program per tile of the mask; it adds up, in order, all that the tile broadcasts over."""
@@ -366,11 +371,12 @@ def attention_mask_grad_kernel(
             m_base = mask + batch * stride_mb + head * stride_mh
             rows = (batch * heads + head) * n_queries
             q = load_rows(q_base, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
-            q = (q * sign).to(q.dtype)
+            if NEGATIVE:
+                q = (-q.to(tl.float32)).to(q.dtype)
             g = load_rows(g_base, start_i, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
             k = load_rows(k_base, start_j, stride_kn, length, DIM, BLOCK_N, BLOCK_D, True)
             v = load_rows(v_base, start_j, stride_vn, length, DIM, BLOCK_N, BLOCK_D, True)
-            lse_log2 = load_lse_log2(lse + rows, i, n_queries)
+            row_lse = load_lse(lse + rows, i, n_queries, EXACT)
             row_shift = tl.load(shift + rows + i, mask=i < n_queries, other=0.0)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
@@ -381,9 +387,10 @@ def attention_mask_grad_kernel(
                     query_offset + start_i, key_offset + start_j, BLOCK_M, BLOCK_N, False,
                 )  # fmt: skip
             _, grad_scores = score_grads(
-                products, grad_weights, lse_log2[:, None], row_shift[:, None], keep,
-                inverse_keep_p, scale_log2, i[:, None], j[None, :], n_queries, length, diagonal,
-                m_base, stride_mi, stride_mj, CAUSAL, MASK, True, DROPOUT,
+                products, grad_weights, row_lse[:, None], row_shift[:, None], keep,
+                inverse_keep_p, scale, start_i, start_j, i[:, None], j[None, :], n_queries,
+                length, diagonal, m_base, stride_mi, stride_mj, CAUSAL, MASK, True, DROPOUT,
+                EXACT,
             )  # fmt: skip
             total += grad_scores
     grad_mask += mask_batch.to(tl.int64) * stride_gmb + mask_head.to(tl.int64) * stride_gmh

@@ -11,6 +11,7 @@ import triton.language as tl
 from fusedformer.kernels.triton.attention_tiles import (
     LN2,
     NO_MASK,
+    exponentials,
     key_length,
     load_rows,
     masked_scores,
@@ -23,10 +24,11 @@ from fusedformer.kernels.triton.random import attention_keep
 def _attend(
     accumulator, row_max, row_sum,  # the online softmax's state
     query, key, value, stride_key, stride_value, mask, stride_mask_i, stride_mask_j,
-    start_i, start, end, n_queries, length, diagonal, scale_log2,
+    start_i, start, end, n_queries, length, diagonal, scale,
     seed, threshold, batch, head, query_offset, key_offset,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
+    EXACT: tl.constexpr,  # scores in natural units; see exponentials()
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = start_i + tl.arange(0, BLOCK_M)
@@ -36,16 +38,16 @@ def _attend(
         k = load_rows(key, start_j, stride_key, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         scores, factor = masked_scores(
-            products, scale_log2, i[:, None], j[None, :], n_queries, length, diagonal, mask,
-            stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY,
+            products, scale, start_i, start_j, i[:, None], j[None, :], n_queries, length,
+            diagonal, mask, stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY, EXACT,
         )  # fmt: skip
         new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
         shift = new_max
         if BOUNDARY or MASK != NO_MASK:
-            # A row that has seen nothing yet: exp2(-inf - 0) is 0 where exp2(-inf + inf) is NaN.
+            # A row that has seen nothing yet: exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores * factor - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
+        weights = exponentials(scores * factor - shift[:, None], EXACT)
+        rescale = exponentials(row_max - shift, EXACT)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         if DROPOUT:
             keep = attention_keep(
@@ -62,7 +64,7 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
-        "n_queries", "n_keys", "diagonal", "stride_mb", "stride_mh", "stride_mi", "stride_mj",
+        "n_queries", "n_keys", "diagonal",
         "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
     ]
 )  # fmt: skip
@@ -81,14 +83,16 @@ def attention_fwd_kernel(
     stride_ob: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
     stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
     heads, n_queries, n_keys, diagonal,
-    scale_log2,  # |scale| * log2(e), positive
-    sign,  # of scale, 1.0 or -1.0
+    scale,  # |scale|, positive; times log2(e) unless EXACT
     threshold: tl.uint32,  # of dropout
     inverse_keep_p,  # 1 / (1 - p)
     batch_offset, head_offset, query_offset, key_offset,  # of dropout's positions
     GROUP: tl.constexpr,  # H / Hkv
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    # The scale is negative: Q is negated, so that |scale| applies after the maximum.
+    NEGATIVE: tl.constexpr,
+    EXACT: tl.constexpr,  # scores in natural units; see exponentials()
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n_queries, BLOCK_M)
@@ -115,8 +119,8 @@ def attention_fwd_kernel(
 
     query += batch * stride_qb + head * stride_qh
     q = load_rows(query, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
-    # Exact; the scale itself is then positive and can be applied after the maximum.
-    q = (q * sign).to(q.dtype)
+    if NEGATIVE:
+        q = (-q.to(tl.float32)).to(q.dtype)  # exact
     random_seed = 0
     if DROPOUT:
         random_seed = tl.load(seed)
@@ -128,10 +132,10 @@ def attention_fwd_kernel(
             accumulator, row_max, row_sum,
             q, key, value, stride_kn, stride_vn, mask, stride_mi, stride_mj,
             start_i, full if BOUNDARY else 0, end if BOUNDARY else full,
-            n_queries, length, diagonal, scale_log2,
+            n_queries, length, diagonal, scale,
             random_seed, threshold, batch + batch_offset, head + head_offset,
             query_offset, key_offset,
-            DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, PRECISION,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, EXACT, PRECISION,
         )  # fmt: skip
 
     # A row with nothing to attend to has the sum 0 and the maximum -inf: O = 0, LSE = -inf.
@@ -144,5 +148,9 @@ def attention_fwd_kernel(
     out += batch * stride_ob + head * stride_oh
     store_rows(out, start_i, stride_on, n_queries, accumulator, DIM, BLOCK_M, BLOCK_D)
     i = start_i + tl.arange(0, BLOCK_M)
-    row_lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    if EXACT:
+        row_lse = row_max + tl.log(row_sum)
+    else:
+        row_lse = (row_max + tl.log2(row_sum)) * LN2
+    row_lse = tl.where(empty, float("-inf"), row_lse)
     tl.store(lse + batch_head.to(tl.int64) * n_queries + i, row_lse, mask=i < n_queries)

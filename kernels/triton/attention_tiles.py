@@ -58,7 +58,9 @@ def store_rows(
 @triton.jit
 def masked_scores(
     products,  # Q K^T
-    scale_log2,  # |scale| * log2(e), positive
+    scale,  # |scale|, positive; times log2(e) unless EXACT
+    start_i,  # the tile's first query and key
+    start_j,
     i,
     j,
     n_queries,
@@ -70,23 +72,28 @@ def masked_scores(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     BOUNDARY: tl.constexpr,  # the tile crosses the diagonal or an end
+    EXACT: tl.constexpr,
 ):
-    """Scores s and a factor f such that s * f is the masked score times log2(e).
+    """Scores s and a factor f such that s * f is the masked score, times log2(e) unless EXACT.
 
-    The factor is left out so that s * f - m is one fused multiply-add.
+    The factor is left out so that s * f - shift is one fused multiply-add; see exponentials().
     """
     scores = products
-    factor = scale_log2
+    factor = scale
     if MASK != NO_MASK:
-        at = mask + i.to(tl.int64) * stride_mask_i + j.to(tl.int64) * stride_mask_j
+        # 64-bit to the tile, 32-bit inside it: a tile of 64-bit offsets costs twice the registers.
+        corner = mask + tl.cast(start_i, tl.int64) * stride_mask_i
+        corner += tl.cast(start_j, tl.int64) * stride_mask_j
+        inside_i = (i - start_i) * tl.cast(stride_mask_i, tl.int32)
+        at = corner + (inside_i + (j - start_j) * tl.cast(stride_mask_j, tl.int32))
         given = tl.load(at, mask=(i < n_queries) & (j < length), other=0)
         if MASK == BOOL_MASK:
             scores = tl.where(given != 0, scores, float("-inf"))
         else:
-            given = given.to(tl.float32)
-            scores = tl.where(
-                given <= NEVER, float("-inf"), scores * scale_log2 + given * LOG2E
-            )
+            added = given.to(tl.float32)
+            if not EXACT:
+                added = added * LOG2E
+            scores = tl.where(given <= NEVER, float("-inf"), scores * scale + added)
             factor = 1.0
     if BOUNDARY:
         visible = (j < length) & (i < n_queries)
@@ -97,14 +104,30 @@ def masked_scores(
 
 
 @triton.jit
+def exponentials(exponents, EXACT: tl.constexpr):
+    """exp of differences of masked scores, which hold the factor log2(e) unless EXACT.
+
+    float32 keeps the factor out: scores in units of log2 are 1.4 times larger and rounded as much
+    worse. In 16 bits that is far below the rounding of the inputs.
+    """
+    if EXACT:
+        weights = tl.exp(exponents)
+    else:
+        weights = tl.exp2(exponents)
+    return weights
+
+
+@triton.jit
 def score_grads(
     products,  # Q K^T
     grad_weights,  # dO V^T
-    lse_log2,  # LSE * log2(e), 0 for a row with nothing to attend to; broadcasts to the tile
+    row_lse,  # of load_lse; broadcasts to the tile
     shift,  # rowsum(dO o O) - dLSE; broadcasts to the tile
     keep,  # int1 tile, if DROPOUT
     inverse_keep_p,  # 1 / (1 - p)
-    scale_log2,
+    scale,
+    start_i,
+    start_j,
     i,
     j,
     n_queries,
@@ -117,26 +140,32 @@ def score_grads(
     MASK: tl.constexpr,
     BOUNDARY: tl.constexpr,
     DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """P (with dropped elements zero, not yet scaled) and dS, in float32."""
+    """P with dropped elements zero (not yet scaled), and dS; in float32."""
     scores, factor = masked_scores(
-        products, scale_log2, i, j, n_queries, length, diagonal, mask, stride_mask_i,
-        stride_mask_j, CAUSAL, MASK, BOUNDARY,
+        products, scale, start_i, start_j, i, j, n_queries, length, diagonal, mask,
+        stride_mask_i, stride_mask_j, CAUSAL, MASK, BOUNDARY, EXACT,
     )  # fmt: skip
-    weights = tl.exp2(scores * factor - lse_log2)
+    weights = exponentials(scores * factor - row_lse, EXACT)
+    dropped = weights
     if DROPOUT:
-        grad_scores = weights * (tl.where(keep, grad_weights * inverse_keep_p, 0.0) - shift)
-        weights = tl.where(keep, weights, 0.0)
-    else:
-        grad_scores = weights * (grad_weights - shift)
-    return weights, grad_scores
+        grad_weights = tl.where(keep, grad_weights * inverse_keep_p, 0.0)
+        dropped = tl.where(keep, weights, 0.0)
+    return dropped, weights * (grad_weights - shift)
 
 
 @triton.jit
-def load_lse_log2(lse, row, n_queries):
-    """LSE * log2(e) of rows; 0 for a row with nothing to attend to, whose scores are all -inf."""
+def load_lse(lse, row, n_queries, EXACT: tl.constexpr):
+    """LSE of rows in the unit of the scores; 0 for a row with nothing to attend to.
+
+    Such a row's scores are all -inf: exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
+    """
     value = tl.load(lse + row, mask=row < n_queries, other=0.0)
-    return tl.where(value == float("-inf"), 0.0, value * LOG2E)
+    value = tl.where(value == float("-inf"), 0.0, value)
+    if not EXACT:
+        value = value * LOG2E
+    return value
 
 
 @triton.jit

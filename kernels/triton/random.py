@@ -54,11 +54,13 @@ def attention_keep(
         # (tile_j, b, tile_i, a, x, y, query8, key8) -> (tile_j, key8, b, y, tile_i, query8, a, x)
         kept = tl.reshape(kept, KEYS // 16, 4, QUERIES // 16, 4, 2, 2, 2, 2)
         kept = tl.permute(kept, 0, 7, 1, 5, 2, 6, 3, 4)
-        return tl.reshape(kept, KEYS, QUERIES)
-    # (tile_i, a, tile_j, b, x, y, query8, key8) -> (tile_i, query8, a, x, tile_j, key8, b, y)
-    kept = tl.reshape(kept, QUERIES // 16, 4, KEYS // 16, 4, 2, 2, 2, 2)
-    kept = tl.permute(kept, 0, 6, 1, 4, 2, 7, 3, 5)
-    return tl.reshape(kept, QUERIES, KEYS)
+        kept = tl.reshape(kept, KEYS, QUERIES)
+    else:
+        # (tile_i, a, tile_j, b, x, y, query8, key8) -> (tile_i, query8, a, x, tile_j, key8, b, y)
+        kept = tl.reshape(kept, QUERIES // 16, 4, KEYS // 16, 4, 2, 2, 2, 2)
+        kept = tl.permute(kept, 0, 6, 1, 4, 2, 7, 3, 5)
+        kept = tl.reshape(kept, QUERIES, KEYS)
+    return kept
 
 
 @triton.jit
