@@ -62,8 +62,10 @@ dispatch.define(
 
 class _BiasActivation(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return torch.ops.fusedformer.bias_activation_fwd.default(*args)
+    def forward(x, bias, seed, activation, dropout_p, backend):
+        return torch.ops.fusedformer.bias_activation_fwd.default(
+            x, bias, seed, activation, dropout_p, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -105,9 +105,14 @@ dispatch.define(
 
 
 class _Attention(torch.autograd.Function):
+    # Parameters by name: Dynamo cannot trace forward(*args) where nothing requires a gradient.
     @staticmethod
-    def forward(*args):
-        return torch.ops.fusedformer.attention_fwd.default(*args)
+    def forward(
+        query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets, backend
+    ):  # fmt: skip
+        return torch.ops.fusedformer.attention_fwd.default(
+            query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -212,6 +217,10 @@ def _attention(
         mask = _checked_mask(name, mask, query, key)
     if key_lengths is not None:
         key_lengths = _checked_lengths(name, key_lengths, query)
+    if key is query:
+        key = key.view_as(key)  # Dynamo takes no tensor twice into an autograd.Function
+    if value is query or value is key:
+        value = value.view_as(value)
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     seed = rng.as_seed(name, seed, query.device) if dropout_p > 0 else None
     return _Attention.apply(

@@ -86,8 +86,10 @@ class _CrossEntropy(torch.autograd.Function):
     """Losses, rows' weights and LSE; gradients flow through the losses alone."""
 
     @staticmethod
-    def forward(*args):
-        return torch.ops.fusedformer.cross_entropy_fwd.default(*args)
+    def forward(logits, target, weight, ignore_index, label_smoothing, backend):
+        return torch.ops.fusedformer.cross_entropy_fwd.default(
+            logits, target, weight, ignore_index, label_smoothing, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
