@@ -6,24 +6,29 @@ the matrix instruction. A run fails on
 
 - a spill in float16 or bfloat16 on sm_80 and sm_90, elsewhere above the ceiling in SPILL_CEILING;
 - shared memory above the chip's limit;
-- sm_90 attention in 16 bits with a tile of 64 queries or more that does not use wgmma.
+- sm_90 attention in 16 bits with a tile of 64 queries or more that does not use wgmma;
+- a kernel that does not compile.
 """
 
 import argparse
+import importlib.util
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from fusedformer import aot_cases, aot_row_cases
+from fusedformer import aot_cases, aot_loss_cases, aot_row_cases
 
 # Shared memory that one block may have, in bytes (CUDA C++ Programming Guide, "Compute
 # Capabilities"), and multiprocessors of the chip's best known GPU.
@@ -33,7 +38,7 @@ MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
 # Bytes of stack a thread that are accepted: float32 anywhere, 16 bits outside sm_80 and sm_90.
 SPILL_CEILING = {32: 512, 16: 64}
 
-CASES = aot_cases.CASES | aot_row_cases.CASES
+CASES = aot_cases.CASES | aot_row_cases.CASES | aot_loss_cases.CASES
 
 _MATRIX = (
     ("wgmma", r"\bwgmma\.mma_async"),
@@ -49,7 +54,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 
 
@@ -70,35 +75,38 @@ class Report:
 
 
 def signature(kernel: Any, args: tuple, options: dict) -> tuple[dict, dict, dict]:
-    """Types, constants and attributes of a launch, as Triton's own launch would derive them."""
+    """Types, constants and attributes of a launch, as Triton's own launch would derive them.
+
+    Args:
+        kernel: a JITFunction.
+        args: its first arguments; tensors count as aligned to 16 bytes, as torch allocates them.
+        options: the other ones, by name.
+    """
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple, list] = {}
     given = dict(zip(kernel.arg_names, args, strict=False)) | options
     for index, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
-        if isinstance(value, torch.Tensor):
-            types[parameter.name] = _POINTERS[value.dtype]
-            attributes[index,] = [["tt.divisibility", 16]]
-        elif (
+        name, value, annotated = parameter.name, given[parameter.name], parameter.annotation_type
+        special = not parameter.do_not_specialize
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if (
             parameter.is_constexpr
             or value is None
-            or (value == 1 and not parameter.do_not_specialize)
+            or (number and value == 1 and special and not annotated)
         ):
-            if isinstance(value, float) and not parameter.is_constexpr:
-                types[parameter.name] = "fp32"
-                continue
-            types[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif isinstance(value, bool):
-            types[parameter.name] = "i1"
-        elif isinstance(value, int):
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = _POINTERS[value.dtype]
+            if special:
+                attributes[index,] = [["tt.divisibility", 16]]
+        elif number:
             small = -(2**31) <= value < 2**31
-            types[parameter.name] = parameter.annotation_type or ("i32" if small else "i64")
-            if value % 16 == 0 and not parameter.do_not_specialize:
+            types[name] = annotated or ("i32" if small else "i64")
+            if special and value % 16 == 0:
                 attributes[index,] = [["tt.divisibility", 16]]
         else:
-            types[parameter.name] = "fp32"
+            types[name] = "u1" if isinstance(value, bool) else "fp32"
     return types, constants, attributes
 
 
@@ -117,38 +125,77 @@ def _resources(cubin: bytes, cuobjdump: str) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def compile_case(name: str, capability: int) -> list[Report]:
-    """Compiles every kernel that a case of aot_cases launches on a chip of this capability."""
+def launches(case: aot_cases.Case, capability: int) -> list:
+    """What a case would launch on a chip of this capability."""
+    from fusedformer.kernels.triton import launch
+
+    chip = launch.Chip(capability, MULTIPROCESSORS[capability])
+    with launch.recording(chip) as recorded:
+        case.call()
+    return recorded
+
+
+def split_options(options: dict) -> tuple[dict, dict]:
+    """The options of a launch: constexpr arguments, and what the compiler takes."""
+    compiler = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
+    return {k: v for k, v in options.items() if k not in compiler}, compiler
+
+
+def _compile(report: Report, entry: Any) -> None:
+    """Fills in a report on a recorded launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constexprs, options = split_options(entry.options)
+    compiled = triton.compile(
+        ASTSource(entry.kernel, *signature(entry.kernel, entry.args, constexprs)),
+        target=GPUTarget("cuda", report.capability, 32),
+        options=options,
+    )
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    report.registers, report.stack = _resources(compiled.asm["cubin"], cuobjdump)
+    report.shared = compiled.metadata.shared
+    ptx = compiled.asm["ptx"]
+    report.matrix = next((name for name, text in _MATRIX if re.search(text, ptx)), "-")
+
+
+def compile_case(name: str, capability: int) -> list[Report]:
+    """Compiles every kernel that a case launches on a chip of this capability.
+
+    A kernel that does not compile is a fault, not an exception.
+    """
     from fusedformer.kernels.triton import launch
 
     if launch.INTERPRETED:
         raise RuntimeError("aot: TRITON_INTERPRET must not be set: the interpreter cannot compile")
     case = CASES[name]
-    with launch.recording(launch.Chip(capability, MULTIPROCESSORS[capability])) as launches:
-        case.call()
+    try:
+        entries = launches(case, capability)
+    except Exception as error:
+        return [_failed(name, capability, _reason("cannot be launched", error))]
     reports = []
-    for entry in launches:
-        options = {k: v for k, v in entry.options.items() if k in ("num_warps", "num_stages")}
-        constexprs = {k: v for k, v in entry.options.items() if k not in options}
-        types, constants, attributes = signature(entry.kernel, entry.args, constexprs)
-        compiled = triton.compile(
-            ASTSource(entry.kernel, types, constants, attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options=options,
-        )
-        report = Report(name, entry.kernel.__name__, capability, case.bits, entry.options)
-        cuobjdump = triton.knobs.nvidia.cuobjdump.path
-        report.registers, report.stack = _resources(compiled.asm["cubin"], cuobjdump)
-        report.shared = compiled.metadata.shared
-        ptx = compiled.asm["ptx"]
-        report.matrix = next((name for name, text in _MATRIX if re.search(text, ptx)), "-")
-        report.faults = faults(report)
+    for entry in entries:
+        # Triton's own types, such as that of a constexpr dtype, stay in the worker.
+        options = {k: v if isinstance(v, int) else str(v) for k, v in entry.options.items()}
+        report = Report(name, entry.kernel.__name__, capability, case.bits, options)
+        try:
+            _compile(report, entry)
+            report.faults = faults(report)
+        except Exception as error:
+            report.faults = [_reason("does not compile", error)]
         reports.append(report)
     return reports
+
+
+def _reason(what: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{what}: {type(error).__name__}: {lines[-1] if lines else ''}".rstrip(": ")
+
+
+def _failed(name: str, capability: int, fault: str) -> Report:
+    """The report on a case whose kernels were not reached."""
+    return Report(name, "-", capability, CASES[name].bits, {}, faults=[fault])
 
 
 def faults(report: Report) -> list[str]:
@@ -163,68 +210,126 @@ def faults(report: Report) -> list[str]:
         broken.append(f"{report.shared} bytes of shared memory, over {limit}")
     tile = report.options.get("BLOCK_M", 0)
     attends = report.case.startswith("attention") and "BLOCK_N" in report.options
-    if attends and report.bits == 16 and report.capability == 90 and tile >= 64:
-        if report.matrix != "wgmma":
-            broken.append(f"uses {report.matrix}, not wgmma")
+    tensor_cores = attends and report.bits == 16 and report.capability == 90 and tile >= 64
+    if tensor_cores and report.matrix != "wgmma":
+        broken.append(f"uses {report.matrix}, not wgmma")
     return broken
 
 
+_TILE = ("ROWS", "BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK", "COLUMNS")
+
+
 def _line(report: Report) -> str:
-    options = report.options
-    tile = "x".join(str(options[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_D") if k in options)
+    tile = "x".join(str(report.options[name]) for name in _TILE if name in report.options)
+    warps = report.options.get("num_warps", 4)
     return (
-        f"sm_{report.capability:<4}{report.kernel:<36}{tile:<12}{options.get('num_warps', 4):>2} warps"
+        f"sm_{report.capability:<4}{report.kernel:<36}{tile:<12}{warps:>2} warps"
         f"{report.registers:>5} regs{report.stack:>6} B stack{report.shared:>8} B shared  "
         f"{report.matrix:<8}{report.case}" + "".join(f"  FAULT: {f}" for f in report.faults)
     )
 
 
-def _worker(task: tuple[str, int]) -> list[Report]:
-    return compile_case(*task)
+def summary(reports: list[Report]) -> str:
+    """A line a kernel: how often it was compiled, and the most that it needs."""
+    lines = [
+        f"{'kernel':<36}{'compiled':>9}{'regs':>6}{'stack':>7}{'shared':>8}{'faults':>8}  matrix"
+    ]
+    for kernel in dict.fromkeys(report.kernel for report in reports):
+        own = [report for report in reports if report.kernel == kernel]
+        most = [max(getattr(r, name) for r in own) for name in ("registers", "stack", "shared")]
+        matrix = ", ".join(sorted({r.matrix for r in own} - {"-"})) or "-"
+        broken = sum(bool(report.faults) for report in own)
+        lines.append(
+            f"{kernel:<36}{len(own):>9}{most[0]:>6}{most[1]:>7}{most[2]:>8}{broken:>8}  {matrix}"
+        )
+    return "\n".join(lines)
 
 
-def compile_all(tasks: Iterable[tuple[str, int]], jobs: int) -> Iterable[list[Report]]:
-    """Reports of each (case, capability), in order, made by ``jobs`` processes."""
-    # Workers import the kernels anew: the interpreter, if this process has it, is not for them.
+def _start_worker() -> None:
+    # Before Triton is imported: the interpreter, if this process's parent has it, compiles nothing.
     os.environ.pop("TRITON_INTERPRET", None)
-    import multiprocessing
+    # An interrupt ends a worker at once and silently; the parent says what there is to say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_worker, tasks)
+
+def worker_pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes in which Triton compiles, whether or not it interprets in this one."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+
+
+def compile_all(tasks: Iterable[tuple[str, int]], jobs: int) -> Iterator[list[Report]]:
+    """Reports of each (case, capability), in order, made by ``jobs`` processes."""
+    left = list(tasks)
+    while left:
+        try:
+            with worker_pool(min(jobs, len(left))) as pool:
+                for reports in pool.map(compile_case, *zip(*left, strict=True)):
+                    del left[0]
+                    yield reports
+        except BrokenProcessPool:
+            # A compiler that crashes takes its process along. Was it the first one left?
+            yield _compile_alone(*left.pop(0))
+
+
+def _compile_alone(name: str, capability: int) -> list[Report]:
+    with worker_pool(1) as pool:
+        try:
+            return pool.submit(compile_case, name, capability).result()
+        except BrokenProcessPool:
+            return [_failed(name, capability, "the compiler crashed")]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument(
-        "--arch", nargs="*", type=int, default=list(SHARED_LIMIT), metavar="SM",
+        "--arch", nargs="+", type=int, default=list(SHARED_LIMIT), metavar="SM",
         help="compute capabilities, such as 80 90 (default: all)",
     )  # fmt: skip
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds TEXT")
+    parser.add_argument("--quick", action="store_true", help="the few cases that CI compiles")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", metavar="FILE", help="write the reports there as JSON")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
 
 
+def _checked(args: argparse.Namespace) -> list[str]:
+    """The names of the cases that are asked for."""
+    unknown = [arch for arch in args.arch if arch not in SHARED_LIMIT]
+    if unknown:
+        raise ValueError(f"--arch takes {', '.join(map(str, SHARED_LIMIT))}; got {unknown[0]}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be 1 or more; got {args.jobs}")
+    names = [n for n, case in CASES.items() if args.only in n and (case.quick or not args.quick)]
+    if not names:
+        kind = "quick case" if args.quick else "case"
+        raise ValueError(f"--only: no {kind}'s name holds {args.only!r}")
+    return names
+
+
 def run(args: argparse.Namespace) -> int:
     """Compiles, prints a line a kernel, and returns 1 if a budget is broken."""
-    names = [name for name in CASES if args.only in name]
-    unknown = [arch for arch in args.arch if arch not in SHARED_LIMIT]
-    if unknown or not names:
-        wanted = f"--arch takes {', '.join(map(str, SHARED_LIMIT))}; got {unknown}"
-        raise ValueError(wanted if unknown else f"--only: no case's name holds {args.only!r}")
+    names = _checked(args)
     if args.list:
         print("\n".join(names))
         return 0
-    reports: list[Report] = []
-    for group in compile_all([(n, arch) for arch in args.arch for n in names], args.jobs):
-        for report in group:
-            print(_line(report), flush=True)
-            reports.append(report)
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("Triton is not installed here, and nothing can be compiled without it")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(report) for report in reports], file, indent=1)
+        open(args.json, "a").close()  # that it cannot be written shows now, not at the end
+    reports: list[Report] = []
+    try:
+        for group in compile_all([(n, arch) for arch in args.arch for n in names], args.jobs):
+            for report in group:
+                print(_line(report), flush=True)
+                reports.append(report)
+    finally:
+        # What was compiled before an interrupt is not lost.
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump([asdict(report) for report in reports], file, indent=1)
     broken = sum(bool(report.faults) for report in reports)
-    print(f"{len(reports)} kernels compiled, {broken} over budget")
+    print(f"\n{summary(reports)}\n\n{len(reports)} kernels compiled, {broken} over budget")
     return 1 if broken else 0
 
 
