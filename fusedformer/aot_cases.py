@@ -61,7 +61,7 @@ def _add_attention() -> None:
                 for dropout in (False, True):
                     name = f"attention-{dtype_name}-d{dim}-{flags}-p{0.1 if dropout else 0}"
                     quick = dim in (64, 128) and dtype_name != "fp16"
-                    quick = quick and (flags == "all" and dropout or flags == "none" and not dropout)
+                    quick = quick and (flags, dropout) in (("all", True), ("none", False))
 
                     def call(dtype=dtype, dim=dim, flags=flags, dropout=dropout):
                         _attention(dtype, dim, flags, dropout)

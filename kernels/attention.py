@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
-from fusedformer.kernels.checks import autocast, check_dropout_p, check_floating, check_tensor, shape
+from fusedformer.kernels.checks import (
+    autocast,
+    check_dropout_p,
+    check_floating,
+    check_tensor,
+    shape,
+)
 
 MAX_HEAD_DIM = 256
 
@@ -177,7 +183,9 @@ def _checked_mask(name: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor
     if mask.dim() > 4 or any(
         size not in (1, full) for size, full in zip(mask.shape[::-1], wanted[::-1], strict=False)
     ):
-        raise ValueError(f"{name}: mask must broadcast to {wanted} (B, H, Nq, Nk); got {shape(mask)}")
+        raise ValueError(
+            f"{name}: mask must broadcast to {wanted} (B, H, Nq, Nk); got {shape(mask)}"
+        )
     return mask[(None,) * (4 - mask.dim())]
 
 
@@ -276,13 +284,15 @@ def attention(
         RuntimeError: the backend named cannot run this call; the message says why.
     """
     diagonal = None
+    positions = [0, 0, 0, 0]
     if offsets is not None:
-        offsets = _checked_offsets("attention", offsets)
+        positions = _checked_offsets("attention", offsets)
     if causal:
-        diagonal = offsets[2] - offsets[3] if offsets else key.shape[-2] - query.shape[-2]
+        whole = offsets is not None
+        diagonal = positions[2] - positions[3] if whole else key.shape[-2] - query.shape[-2]
     out, lse = _attention(
         "attention", query, key, value, mask, key_lengths, diagonal, scale, dropout_p, seed,
-        offsets or [0, 0, 0, 0], backend,
+        positions, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -50,10 +50,11 @@ def attention_hidden(
 def _attention_operands(
     query: Tensor, key: Tensor, value: Tensor, key_lengths: "Tensor | None"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K, V to compute with: heads of K and V repeated, nothing (such as NaN) past the lengths."""
+    """Q, K, V to compute with: heads of K and V repeated, zeros (not NaN) past the lengths."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if key_lengths is not None:
-        past = torch.arange(key.shape[2], device=key.device)[:, None] >= key_lengths.view(-1, 1, 1, 1)
+        row = torch.arange(key.shape[2], device=key.device)[:, None]
+        past = row >= key_lengths.view(-1, 1, 1, 1)
         key, value = key.masked_fill(past, 0), value.masked_fill(past, 0)
     group = query.shape[1] // max(key.shape[1], 1)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -68,6 +69,15 @@ def _attention_scores(
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
     return scores.masked_fill(hidden, -torch.inf)
+
+
+def _attention_kept(
+    scores: Tensor, seed: "Tensor | None", p: float, offsets: list[int]
+) -> "Tensor | float":
+    """M: 0 where a probability is dropped, 1 / (1 - p) where it is kept."""
+    if seed is None:
+        return 1.0
+    return rng.attention_keep(seed, p, scores.shape, offsets).to(scores.dtype) / (1 - p)
 
 
 def _bnhd(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,9 +108,7 @@ def attention_fwd(
     scores = _attention_scores(q, k, mask, hidden, scale)
     lse = scores.logsumexp(-1)  # (B, H, Nq)
     weights = scores.softmax(-1).masked_fill(hidden, 0)  # P
-    if seed is not None:
-        keep = rng.attention_keep(seed, dropout_p, tuple(scores.shape), offsets)
-        weights = weights * keep / (1 - dropout_p)
+    weights = weights * _attention_kept(scores, seed, dropout_p, offsets)
     return _bnhd(weights @ v, query.dtype), lse
 
 
@@ -121,7 +129,7 @@ def attention_bwd(
     offsets: list[int],
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:
-    """With M = keep / (1 - p), so that O = (P o M) V:
+    """With M as in _attention_kept, so that O = (P o M) V:
 
     dV = (P o M)^T dO; dP = M o (dO V^T); dS = P o (dP - rowsum(P o dP) + dLSE);
     dQ = scale dS K; dK = scale dS^T Q; dmask = dS, summed over the dimensions it broadcasts.
@@ -131,10 +139,7 @@ def attention_bwd(
     scores = _attention_scores(q, k, mask, hidden, scale)
     weights = scores.softmax(-1).masked_fill(hidden, 0)
     grad_out = grad_out.to(q.dtype)
-    kept = 1.0
-    if seed is not None:
-        keep = rng.attention_keep(seed, dropout_p, tuple(scores.shape), offsets)
-        kept = keep / (1 - dropout_p)
+    kept = _attention_kept(scores, seed, dropout_p, offsets)
     grad_v = (weights * kept).mT @ grad_out
     grad_weights = kept * (grad_out @ v.mT)
     shift = (weights * grad_weights).sum(-1)  # which the other backends get as rowsum(dO o O)
@@ -143,12 +148,14 @@ def attention_bwd(
     grad_scores = weights * (grad_weights - shift[..., None])
     grad_q, grad_k = scale * (grad_scores @ k), scale * (grad_scores.mT @ q)
     grouped = (*key.shape[:2], -1, *key.shape[2:])  # (B, Hkv, H / Hkv, Nk, D)
-    return (
+    grads = (
         _bnhd(grad_q, query.dtype),
         _bnhd(grad_k.view(grouped).sum(2), key.dtype),
         _bnhd(grad_v.view(grouped).sum(2), value.dtype),
-        grad_scores.sum_to_size(mask.shape).to(mask.dtype) if mask_grad else None,
     )
+    if mask is None or not mask_grad:
+        return *grads, None
+    return *grads, grad_scores.sum_to_size(mask.shape).to(mask.dtype)
 
 
 # --- Dropout (Srivastava et al. 2014; kept elements are scaled, so that inference needs nothing) --

@@ -18,6 +18,8 @@ Two mappings of elements to (counter, word, byte):
 A seed's mask is stable across releases; ``RNG_VERSION`` is raised if it ever changes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -102,8 +104,8 @@ def _kept(word: Tensor, byte: Tensor, p: float) -> Tensor:
 def attention_keep(
     seed: Tensor,
     p: float,
-    shape: tuple[int, int, int, int],
-    offsets: "tuple[int, ...] | list[int]" = (0, 0, 0, 0),
+    shape: Sequence[int],
+    offsets: Sequence[int] = (0, 0, 0, 0),
 ) -> Tensor:
     """Which attention probabilities are kept.
 

@@ -1,4 +1,4 @@
-"""What the attention tests share: the covering set of cases, their inputs, and the plain formula."""
+"""What the attention tests share: the covering set of cases, their inputs, the plain formula."""
 
 import torch
 from pairwise import pairwise

@@ -30,4 +30,6 @@ def assert_within_bound(
     error, eager_error = (actual - truth).abs().max(), (eager - truth).abs().max()
     bound = 2 * eager_error + 2 * ulp * (float(truth.abs().max()) or terms)
     # Written so that a NaN fails.
-    assert error <= bound, f"{name}: error {error:.3g} over {bound:.3g} (eager's: {eager_error:.3g})"
+    assert error <= bound, (
+        f"{name}: error {error:.3g} over {bound:.3g} (eager's: {eager_error:.3g})"
+    )

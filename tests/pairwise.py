@@ -30,7 +30,9 @@ def pairwise(options: dict[str, list[Any]], seed: int = 0, at_least: int = 0) ->
         for a in draw.sample(range(len(names)), len(names)):
             if case[a] is None:
                 case[a] = max(indices[a], key=lambda i: (_gain(case, a, i, pending), draw.random()))
-        pending -= {(a, case[a], b, case[b]) for a, b in itertools.combinations(range(len(names)), 2)}
+        pending -= {
+            (a, case[a], b, case[b]) for a, b in itertools.combinations(range(len(names)), 2)
+        }
         cases.append(case)
     return [{n: options[n][i] for n, i in zip(names, case, strict=True)} for case in cases]
 

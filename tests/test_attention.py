@@ -237,7 +237,7 @@ def test_masks_are_the_contracts_for_any_tile(block, offsets, monkeypatch):
 
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 32)], ids=str)
 def test_backward_drops_what_the_forward_dropped(block, monkeypatch):
-    """dV, with dO the identity, is the transposed weights; dQ and dK follow from their own tiles."""
+    """dV, with dO the identity, is the transposed weights; dQ and dK have tiles of their own."""
     from fusedformer.kernels.triton import attention as backend
 
     config = backend.Config(*block, warps=4, stages=1)

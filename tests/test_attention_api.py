@@ -1,4 +1,4 @@
-"""Attention as a PyTorch function: errors, autograd, compile, export, checkpoint, autocast, SDPA."""
+"""Attention as a PyTorch function: errors, autograd, compile, export, autocast, SDPA."""
 
 import math
 import warnings
@@ -343,7 +343,7 @@ def test_sdpa_equals_torchs(query, key, value, options, backend):
 
 def test_an_explicit_backend_runs_or_raises(monkeypatch):
     tensors = _inputs(1, 1, 4, 4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="attention: backend 'triton' cannot run: .*float64"):
+    with pytest.raises(RuntimeError, match=r"attention: backend 'triton' cannot run: .*float64"):
         attention(*tensors, backend="triton")
     with use_backend("triton"), pytest.raises(RuntimeError, match="cannot run"):
         attention(*tensors)

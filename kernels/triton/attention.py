@@ -1,6 +1,6 @@
 """Attention on Triton: which tiles, how many warps, and the launches.
 
-The kernels are in attention_forward.py and attention_backward.py.
+The kernels are in attention_forward.py, attention_backward.py and attention_mask_grad.py.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from torch import Tensor
 from fusedformer.kernels import rng
 from fusedformer.kernels.triton.attention_backward import (
     attention_key_value_grads_kernel,
-    attention_mask_grad_kernel,
     attention_query_grads_kernel,
     attention_shift_kernel,
 )
 from fusedformer.kernels.triton.attention_forward import attention_fwd_kernel
+from fusedformer.kernels.triton.attention_mask_grad import attention_mask_grad_kernel
 from fusedformer.kernels.triton.attention_tiles import ADDITIVE_MASK, BOOL_MASK, LOG2E, NO_MASK
 from fusedformer.kernels.triton.launch import Chip, chip, launch, unsupported_device
 
@@ -36,40 +36,74 @@ class Config:
     stages: int
 
 
-def forward_config(block_d: int, dtype: torch.dtype, dropout: bool, where: Chip) -> Config:
-    """Tiles of the forward. Chosen so that nothing spills (see `fusedformer aot`)."""
+# The choices below keep every kernel free of spills in 16 bits on sm_80 and sm_90, at the largest
+# tiles that do (`fusedformer aot` shows registers and spills); they are not yet tuned for time.
+# Masks and dropout cost registers, so their tiles are smaller. wgmma, on sm_90, takes at least 64
+# rows: of queries in the forward and for dQ, of keys for dK and dV, where the tile is transposed.
+
+
+def _is_hopper(where: Chip) -> bool:
+    return where.capability in (90, 100)
+
+
+def forward_config(
+    block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
+) -> Config:
+    """Tiles of the forward."""
     if dtype == torch.float32:
         return Config(64, 32, 4 if block_d <= 64 else 8, 1)
-    roomy = where.capability in (80, 90, 100)  # 164 KB of shared memory or more, not 99 KB
+    if masked:
+        if block_d <= 128 and _is_hopper(where):
+            return Config(128, 32, 8, 1)
+        return Config(64, 32, 8, 2 if block_d > 128 else 1)
     if block_d <= 64:
-        return Config(128, 64, 8 if dropout else 4, 3 if roomy else 2)
+        return Config(128, 64, 8, 2) if dropout else Config(128, 64, 4, 3)
     if block_d <= 128:
-        return Config(128, 64, 8, 2 if roomy else 1)
-    return Config(128 if roomy else 64, 32, 8, 2 if roomy else 1)
+        return Config(128, 64, 8, 2)
+    return Config(128 if _is_hopper(where) else 64, 32, 8, 2)
 
 
-def key_value_grads_config(block_d: int, dtype: torch.dtype, dropout: bool, where: Chip) -> Config:
+def key_value_grads_config(
+    block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
+) -> Config:
     """Tiles of the dK and dV kernel."""
     if dtype == torch.float32:
         return Config(32, 32, 4 if block_d <= 64 else 8, 1)
-    roomy = where.capability in (80, 90, 100)
+    hopper = _is_hopper(where)
+    if masked:
+        return Config(32, 64, 8, 1) if block_d <= 64 and hopper else Config(32, 32, 8, 1)
     if block_d <= 64:
-        return Config(64, 128, 8, 2)
+        if hopper:
+            return Config(64, 128, 8, 2)
+        return Config(32, 64, 4, 2) if dropout else Config(64, 64, 8, 2)
     if block_d <= 128:
-        return Config(64, 64, 8, 2 if roomy else 1)
-    return Config(64 if roomy else 32, 64 if roomy else 32, 8, 1)
+        return Config(64, 64, 8, 2)
+    return Config(32, 32, 8, 2)
 
 
-def query_grads_config(block_d: int, dtype: torch.dtype, dropout: bool, where: Chip) -> Config:
-    """Tiles of the dQ kernel; also those of the mask's gradient."""
+def query_grads_config(
+    block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
+) -> Config:
+    """Tiles of the dQ kernel."""
     if dtype == torch.float32:
         return Config(32, 32, 4 if block_d <= 64 else 8, 1)
-    roomy = where.capability in (80, 90, 100)
+    hopper = _is_hopper(where)
+    if masked:
+        return Config(64, 32, 8, 1) if block_d <= 128 and hopper else Config(32, 32, 8, 1)
     if block_d <= 64:
         return Config(128, 64, 8, 2)
     if block_d <= 128:
-        return Config(64, 64, 8 if dropout else 4, 2 if roomy else 1)
-    return Config(64, 32, 8, 1)
+        if hopper:
+            return Config(128, 64, 8, 2)
+        return Config(64, 32, 8, 2) if dropout else Config(64, 64, 8, 2)
+    return Config(64, 32, 8, 2) if hopper else Config(32, 32, 8, 2)
+
+
+def mask_grad_config(block_d: int, dtype: torch.dtype, where: Chip) -> Config:
+    """Tiles of the kernel of the mask's gradient."""
+    if dtype == torch.float32:
+        return Config(32, 32, 4 if block_d <= 64 else 8, 1)
+    return Config(64, 32, 8, 1) if block_d <= 128 and _is_hopper(where) else Config(32, 32, 8, 1)
 
 
 def attention_unsupported(
@@ -87,14 +121,31 @@ def attention_unsupported(
     """Why these kernels cannot take a call, or None."""
     if query.dtype not in DTYPES:
         return f"{query.dtype} runs on the reference backend only"
-    if query.numel() >= 2**40 or max(query.shape[2], key.shape[2]) >= 2**30:
-        return "more than 2^30 queries or keys"
+    if max(query.shape[2], key.shape[2]) >= 2**23:
+        return "more than 2^23 queries or keys"
+    if mask is not None and max(mask.stride()[2:]) >= 2**23:
+        return "the mask's rows or columns lie more than 2^23 elements apart"
     return unsupported_device(query.device)
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    # The kernels take any strides but that of D. So that D = 1 is read alike, its size is ignored.
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+def _readable(tensor: Tensor) -> Tensor:
+    """A (B, H, N, D) tensor that the kernels read 16 bytes at a time: itself, or a padded copy.
+
+    Unit stride in D, other strides multiples of 8 elements and short enough for 32-bit offsets
+    inside a tile. What has none of these, such as an odd head dimension, is copied once: that is
+    linear where attention is quadratic.
+    """
+    strides = _strides(tensor)
+    if (
+        tensor.stride(3) == 1
+        and tensor.storage_offset() % 8 == 0
+        and all(stride % 8 == 0 for stride in strides)
+        and strides[2] < 2**23
+    ):
+        return tensor
+    batch, heads, length, dim = tensor.shape
+    padded = tensor.new_empty(batch, length, heads, (dim + 7) // 8 * 8)
+    return padded[..., :dim].transpose(1, 2).copy_(tensor)
 
 
 def _mask_arguments(mask: "Tensor | None", placeholder: Tensor) -> tuple[Tensor, list[int], int]:
@@ -121,7 +172,12 @@ def _new(like: Tensor) -> Tensor:
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    """Strides of batch, head and row; 0 for a dimension of size 1, whose stride means nothing."""
+    return [
+        0 if size == 1 else stride
+        for tensor in tensors
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    ]
 
 
 def _options(query, key, diagonal, flag, key_lengths, seed, scale, config):
@@ -163,11 +219,11 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """O and LSE; see reference.attention_fwd."""
     batch, heads, n_queries, dim = query.shape
-    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    query, key, value = _readable(query), _readable(key), _readable(value)
     out, lse = _new(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     mask, mask_strides, flag = _mask_arguments(mask, query)
-    dropout = seed is not None
-    config = forward_config(block_dim(dim), query.dtype, dropout, chip(query.device))
+    kind = (block_dim(dim), query.dtype, seed is not None, flag != NO_MASK.value)
+    config = forward_config(*kind, chip(query.device))
     launch(
         attention_fwd_kernel,
         (triton.cdiv(n_queries, config.block_m) * batch * heads,),
@@ -201,8 +257,8 @@ def attention_bwd(
     """dQ, dK, dV and the mask's gradient; see reference.attention_bwd. Deterministic."""
     batch, heads, n_queries, dim = query.shape
     n_keys, block_d = key.shape[2], block_dim(dim)
-    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
-    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(out), lse.contiguous()
+    query, key, value = _readable(query), _readable(key), _readable(value)
+    grad_out, out, lse = _readable(grad_out), _readable(out), lse.contiguous()
     shift = torch.empty_like(lse)
     block_m = 64 if block_d <= 128 else 32
     launch(
@@ -221,34 +277,35 @@ def attention_bwd(
     random = (rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets)
     inputs = _strides(query, key, value, grad_out)
     sizes = (heads, n_queries, n_keys, diagonal or 0)
-    where, dropout = chip(query.device), seed is not None
+    where = chip(query.device)
+    kind = (block_d, query.dtype, seed is not None, flag != NO_MASK.value)
 
     grad_query, grad_key, grad_value = _new(query), _new(key), _new(value)
-    config = query_grads_config(block_d, query.dtype, dropout, where)
-    options = _options(query, key, diagonal, flag, key_lengths, seed, scale, config)
+    config = query_grads_config(*kind, where)
     launch(
         attention_query_grads_kernel,
         (triton.cdiv(n_queries, config.block_m) * batch * heads,),
         query, key, value, grad_out, grad_query, lse, shift, mask, lengths, seed_or_none,
         *inputs, *_strides(grad_query), *mask_strides, *sizes, positive_scale, scale, *random,
-        **options,
+        **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
     )  # fmt: skip
-    kv_config = key_value_grads_config(block_d, query.dtype, dropout, where)
+    config = key_value_grads_config(*kind, where)
     launch(
         attention_key_value_grads_kernel,
-        (triton.cdiv(n_keys, kv_config.block_n) * batch * key.shape[1],),
+        (triton.cdiv(n_keys, config.block_n) * batch * key.shape[1],),
         query, key, value, grad_out, grad_key, grad_value, lse, shift, mask, lengths, seed_or_none,
         *inputs, *_strides(grad_key, grad_value), *mask_strides, *sizes,
         positive_scale, scale, *random,
-        **_options(query, key, diagonal, flag, key_lengths, seed, scale, kv_config),
+        **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
     )  # fmt: skip
-    if not mask_grad:
+    if given_mask is None or not mask_grad:
         return grad_query, grad_key, grad_value, None
 
     grad_mask = given_mask.new_empty(given_mask.shape)
     mask_batches, mask_heads, mask_rows, mask_columns = given_mask.shape
     # A broadcast dimension is one that the mask has once and the scores more often.
     one_row, one_column = mask_rows < n_queries, mask_columns < n_keys
+    config = mask_grad_config(block_d, query.dtype, where)
     m_tiles = 1 if one_row else triton.cdiv(n_queries, config.block_m)
     n_tiles = 1 if one_column else triton.cdiv(n_keys, config.block_n)
     launch(
@@ -257,6 +314,7 @@ def attention_bwd(
         query, key, value, grad_out, lse, shift, mask, grad_mask, lengths, seed_or_none,
         *inputs, *mask_strides, *grad_mask.stride(),
         batch, heads, n_queries, n_keys, mask_batches, mask_heads, diagonal or 0,
-        positive_scale, *random, ONE_ROW=one_row, ONE_COLUMN=one_column, **options,
+        positive_scale, *random, ONE_ROW=one_row, ONE_COLUMN=one_column,
+        **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_mask

@@ -1,8 +1,8 @@
 """The backward kernels of attention: every gradient is summed by one program in a fixed order.
 
 FlashAttention-2 (Dao 2023), algorithm 2, in two passes so that nothing is added atomically: dK and
-dV by programs that own a tile of keys, dQ by programs that own a tile of queries. An additive
-mask's gradient has a kernel of its own. All of them recompute P from the saved LSE.
+dV by programs that own a tile of keys, dQ by programs that own a tile of queries. Both recompute P
+from the saved LSE.
 """
 
 import triton
@@ -13,6 +13,7 @@ from fusedformer.kernels.triton.attention_tiles import (
     key_length,
     load_lse,
     load_rows,
+    matrix,
     score_grads,
     store_rows,
 )
@@ -32,8 +33,9 @@ def attention_shift_kernel(
     tiles = tl.cdiv(n_queries, BLOCK_M)
     start_i = tl.program_id(0) % tiles * BLOCK_M
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
-    out += batch_head // heads * stride_ob + batch_head % heads * stride_oh
-    grad_out += batch_head // heads * stride_gb + batch_head % heads * stride_gh
+    batch, head = batch_head // heads, batch_head % heads
+    out = matrix(out, batch, head, stride_ob, stride_oh, True)
+    grad_out = matrix(grad_out, batch, head, stride_gb, stride_gh, True)
     o = load_rows(out, start_i, stride_on, n_queries, DIM, BLOCK_M, BLOCK_D, True)
     g = load_rows(grad_out, start_i, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
     row_shift = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
@@ -147,8 +149,8 @@ def attention_key_value_grads_kernel(
     second = tl.maximum(whole, full)
     n_first = full - first
 
-    k_base = key + batch * stride_kb + key_head * stride_kh
-    v_base = value + batch * stride_vb + key_head * stride_vh
+    k_base = matrix(key, batch, key_head, stride_kb, stride_kh, True)
+    v_base = matrix(value, batch, key_head, stride_vb, stride_vh, True)
     k = load_rows(k_base, start_j, stride_kn, length, DIM, BLOCK_N, BLOCK_D, True)
     if NEGATIVE:
         k = (-k.to(tl.float32)).to(k.dtype)
@@ -160,8 +162,8 @@ def attention_key_value_grads_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(0, GROUP):
         head = key_head * GROUP + member
-        q_base = query + batch * stride_qb + head * stride_qh
-        g_base = grad_out + batch * stride_gb + head * stride_gh
+        q_base = matrix(query, batch, head, stride_qb, stride_qh, True)
+        g_base = matrix(grad_out, batch, head, stride_gb, stride_gh, True)
         row_base = (batch * heads + head) * n_queries
         m_base = mask
         if MASK != NO_MASK:
@@ -180,8 +182,8 @@ def attention_key_value_grads_kernel(
     if DROPOUT:
         dv = dv * inverse_keep_p
     dk = dk * grad_scale
-    grad_key += batch * stride_dkb + key_head * stride_dkh
-    grad_value += batch * stride_dvb + key_head * stride_dvh
+    grad_key = matrix(grad_key, batch, key_head, stride_dkb, stride_dkh, DIM % 8 == 0)
+    grad_value = matrix(grad_value, batch, key_head, stride_dvb, stride_dvh, DIM % 8 == 0)
     store_rows(grad_key, start_j, stride_dkn, n_keys, dk, DIM, BLOCK_N, BLOCK_D)
     store_rows(grad_value, start_j, stride_dvn, n_keys, dv, DIM, BLOCK_N, BLOCK_D)
 
@@ -259,8 +261,8 @@ def attention_query_grads_kernel(
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     start_i = tile * BLOCK_M
-    key += batch * stride_kb + head // GROUP * stride_kh
-    value += batch * stride_vb + head // GROUP * stride_vh
+    key = matrix(key, batch, head // GROUP, stride_kb, stride_kh, True)
+    value = matrix(value, batch, head // GROUP, stride_vb, stride_vh, True)
     if MASK != NO_MASK:
         mask += batch * stride_mb + head * stride_mh
     length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
@@ -273,8 +275,8 @@ def attention_query_grads_kernel(
     full = full // BLOCK_N * BLOCK_N
 
     i = start_i + tl.arange(0, BLOCK_M)
-    query += batch * stride_qb + head * stride_qh
-    grad_out += batch * stride_gb + head * stride_gh
+    query = matrix(query, batch, head, stride_qb, stride_qh, True)
+    grad_out = matrix(grad_out, batch, head, stride_gb, stride_gh, True)
     q = load_rows(query, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
     if NEGATIVE:
         q = (-q.to(tl.float32)).to(q.dtype)
@@ -296,110 +298,5 @@ def attention_query_grads_kernel(
             query_offset, key_offset,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, EXACT, PRECISION,
         )  # fmt: skip
-    grad_query += batch * stride_dqb + head * stride_dqh
+    grad_query = matrix(grad_query, batch, head, stride_dqb, stride_dqh, DIM % 8 == 0)
     store_rows(grad_query, start_i, stride_dqn, n_queries, dq * grad_scale, DIM, BLOCK_M, BLOCK_D)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "n_queries", "n_keys", "diagonal",
-        "stride_gmb", "stride_gmh", "stride_gmi", "stride_gmj",
-        "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
-        "batches", "mask_batches", "mask_heads",
-    ]
-)  # fmt: skip
-def attention_mask_grad_kernel(
-    query,  # (B, H, Nq, D)
-    key, value,  # (B, Hkv, Nk, D)
-    grad_out,  # (B, H, Nq, D)
-    lse, shift,  # (B, H, Nq) float32, contiguous
-    mask,  # as in the forward, additive
-    grad_mask,  # (mask's B, H, Nq, Nk, each 1 where it broadcasts)
-    key_lengths,  # (B,) int32, if HAS_LENGTHS
-    seed,  # 0-d int64, if DROPOUT
-    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
-    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
-    stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
-    stride_gb: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
-    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
-    stride_gmb: tl.int64, stride_gmh: tl.int64, stride_gmi: tl.int64, stride_gmj: tl.int64,
-    batches, heads, n_queries, n_keys, mask_batches, mask_heads, diagonal,
-    scale,  # as in the forward
-    threshold: tl.uint32, inverse_keep_p,
-    batch_offset, head_offset, query_offset, key_offset,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,  # the mask broadcasts over queries, over keys
-):  # fmt: skip
-    """One program per tile of the mask; it adds up, in order, all that the tile broadcasts over."""
-    m_tiles = tl.cdiv(n_queries, BLOCK_M)
-    n_tiles = tl.cdiv(n_keys, BLOCK_N)
-    own_m = 1 if ONE_ROW else m_tiles
-    own_n = 1 if ONE_COLUMN else n_tiles
-    program = tl.program_id(0)
-    tile_j = program % own_n
-    tile_i = program // own_n % own_m
-    mask_head = program // own_n // own_m % mask_heads
-    mask_batch = program // own_n // own_m // mask_heads
-    random_seed = 0
-    if DROPOUT:
-        random_seed = tl.load(seed)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    batch_count = batches // mask_batches
-    head_count = heads // mask_heads
-    i_count = m_tiles // own_m
-    j_count = n_tiles // own_n
-    for step in range(0, batch_count * head_count * i_count * j_count):
-        start_j = (tile_j + step % j_count) * BLOCK_N
-        start_i = (tile_i + step // j_count % i_count) * BLOCK_M
-        head = (mask_head + step // j_count // i_count % head_count).to(tl.int64)
-        batch = (mask_batch + step // j_count // i_count // head_count).to(tl.int64)
-        length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
-        end = length
-        if CAUSAL:
-            end = tl.minimum(end, start_i + BLOCK_M + diagonal)
-        if start_j < end:
-            i = start_i + tl.arange(0, BLOCK_M)
-            j = start_j + tl.arange(0, BLOCK_N)
-            q_base = query + batch * stride_qb + head * stride_qh
-            g_base = grad_out + batch * stride_gb + head * stride_gh
-            k_base = key + batch * stride_kb + head // GROUP * stride_kh
-            v_base = value + batch * stride_vb + head // GROUP * stride_vh
-            m_base = mask + batch * stride_mb + head * stride_mh
-            rows = (batch * heads + head) * n_queries
-            q = load_rows(q_base, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
-            if NEGATIVE:
-                q = (-q.to(tl.float32)).to(q.dtype)
-            g = load_rows(g_base, start_i, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
-            k = load_rows(k_base, start_j, stride_kn, length, DIM, BLOCK_N, BLOCK_D, True)
-            v = load_rows(v_base, start_j, stride_vn, length, DIM, BLOCK_N, BLOCK_D, True)
-            row_lse = load_lse(lse + rows, i, n_queries, EXACT)
-            row_shift = tl.load(shift + rows + i, mask=i < n_queries, other=0.0)
-            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-            keep = 0
-            if DROPOUT:
-                keep = attention_keep(
-                    random_seed, threshold, batch + batch_offset, head + head_offset,
-                    query_offset + start_i, key_offset + start_j, BLOCK_M, BLOCK_N, False,
-                )  # fmt: skip
-            _, grad_scores = score_grads(
-                products, grad_weights, row_lse[:, None], row_shift[:, None], keep,
-                inverse_keep_p, scale, start_i, start_j, i[:, None], j[None, :], n_queries,
-                length, diagonal, m_base, stride_mi, stride_mj, CAUSAL, MASK, True, DROPOUT,
-                EXACT,
-            )  # fmt: skip
-            total += grad_scores
-    grad_mask += mask_batch.to(tl.int64) * stride_gmb + mask_head.to(tl.int64) * stride_gmh
-    if ONE_ROW:
-        total = tl.sum(total, 0)[None, :]
-    if ONE_COLUMN:
-        total = tl.sum(total, 1)[:, None]
-    i = tile_i * BLOCK_M + tl.arange(0, 1 if ONE_ROW else BLOCK_M)
-    j = tile_j * BLOCK_N + tl.arange(0, 1 if ONE_COLUMN else BLOCK_N)
-    at = i.to(tl.int64)[:, None] * stride_gmi + j.to(tl.int64)[None, :] * stride_gmj
-    inside = (i[:, None] < n_queries) & (j[None, :] < n_keys)
-    tl.store(grad_mask + at, total.to(grad_mask.dtype.element_ty), mask=inside)

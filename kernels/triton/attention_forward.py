@@ -15,6 +15,7 @@ from fusedformer.kernels.triton.attention_tiles import (
     key_length,
     load_rows,
     masked_scores,
+    matrix,
     store_rows,
 )
 from fusedformer.kernels.triton.random import attention_keep
@@ -103,8 +104,8 @@ def attention_fwd_kernel(
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     start_i = tile * BLOCK_M
-    key += batch * stride_kb + head // GROUP * stride_kh
-    value += batch * stride_vb + head // GROUP * stride_vh
+    key = matrix(key, batch, head // GROUP, stride_kb, stride_kh, True)
+    value = matrix(value, batch, head // GROUP, stride_vb, stride_vh, True)
     if MASK != NO_MASK:
         mask += batch * stride_mb + head * stride_mh
     length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
@@ -117,7 +118,7 @@ def attention_fwd_kernel(
         end = tl.minimum(end, tl.maximum(last, 0))
     full = full // BLOCK_N * BLOCK_N
 
-    query += batch * stride_qb + head * stride_qh
+    query = matrix(query, batch, head, stride_qb, stride_qh, True)
     q = load_rows(query, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
     if NEGATIVE:
         q = (-q.to(tl.float32)).to(q.dtype)  # exact
@@ -145,7 +146,7 @@ def attention_fwd_kernel(
         accumulator = accumulator * (inverse_keep_p / row_sum)[:, None]
     else:
         accumulator = accumulator / row_sum[:, None]
-    out += batch * stride_ob + head * stride_oh
+    out = matrix(out, batch, head, stride_ob, stride_oh, DIM % 8 == 0)
     store_rows(out, start_i, stride_on, n_queries, accumulator, DIM, BLOCK_M, BLOCK_D)
     i = start_i + tl.arange(0, BLOCK_M)
     if EXACT:

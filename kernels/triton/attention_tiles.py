@@ -19,10 +19,36 @@ NEVER = tl.constexpr(-1e30)  # an additive value at or below this hides its key
 
 
 @triton.jit
+def matrix(
+    base,
+    batch,  # int64
+    head,  # int64
+    stride_b,
+    stride_h,
+    ALIGNED: tl.constexpr,
+):
+    """Where the (N, D) matrix of one batch element and head starts."""
+    if ALIGNED:
+        stride_b = tl.multiple_of(stride_b, 8)
+        stride_h = tl.multiple_of(stride_h, 8)
+    return base + batch * stride_b + head * stride_h
+
+
+@triton.jit
+def _cells(base, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+    # 64-bit to the tile, 32-bit inside it: a tile of 64-bit offsets costs twice the registers.
+    if ALIGNED:
+        stride = tl.multiple_of(stride, 8)
+    corner = base + tl.cast(start, tl.int64) * stride
+    row = tl.arange(0, ROWS)[:, None] * tl.cast(stride, tl.int32)
+    return corner + (row + tl.arange(0, BLOCK_D)[None, :])
+
+
+@triton.jit
 def load_rows(
     base,  # of one (N, D) matrix, unit stride in D
     start,  # first row of the tile
-    stride,  # int64, between rows
+    stride,  # int64, between rows; a multiple of 8, as those to the matrix are
     limit,  # rows at and past it are zeros, if BOUNDED
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -30,17 +56,18 @@ def load_rows(
     BOUNDED: tl.constexpr,
 ):
     """A (ROWS, BLOCK_D) tile; columns at and past DIM are zeros."""
-    row = start + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    at = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    at = _cells(base, start, stride, ROWS, BLOCK_D, True)
+    row = (start + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
     if BOUNDED and DIM < BLOCK_D:
-        return tl.load(at, mask=(row[:, None] < limit) & (column[None, :] < DIM), other=0.0)
+        tile = tl.load(at, mask=(row < limit) & (column < DIM), other=0.0)
     elif BOUNDED:
-        return tl.load(at, mask=row[:, None] < limit, other=0.0)
+        tile = tl.load(at, mask=row < limit, other=0.0)
     elif DIM < BLOCK_D:
-        return tl.load(at, mask=column[None, :] < DIM, other=0.0)
+        tile = tl.load(at, mask=column < DIM, other=0.0)
     else:
-        return tl.load(at)
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
@@ -48,11 +75,10 @@ def store_rows(
     base, start, stride, limit, tile, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Stores a (ROWS, BLOCK_D) tile where its rows and columns exist."""
-    row = start + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    at = base + row.to(tl.int64)[:, None] * stride + column[None, :]
-    inside = (row[:, None] < limit) & (column[None, :] < DIM)
-    tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
+    at = _cells(base, start, stride, ROWS, BLOCK_D, DIM % 8 == 0)
+    row = (start + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=(row < limit) & (column < DIM))
 
 
 @triton.jit
@@ -81,7 +107,6 @@ def masked_scores(
     scores = products
     factor = scale
     if MASK != NO_MASK:
-        # 64-bit to the tile, 32-bit inside it: a tile of 64-bit offsets costs twice the registers.
         corner = mask + tl.cast(start_i, tl.int64) * stride_mask_i
         corner += tl.cast(start_j, tl.int64) * stride_mask_j
         inside_i = (i - start_i) * tl.cast(stride_mask_i, tl.int32)

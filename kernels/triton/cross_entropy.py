@@ -52,12 +52,22 @@ def _weights(
 
 
 def _narrow_tile(classes: int) -> dict[str, int]:
-    """Whole rows, at most NARROW elements; no fewer columns than a 16-byte access has.
+    """Whole rows, 16 elements a thread of 4 warps; no fewer columns than a 16-byte access has.
 
-    64 rows at most: of very narrow ones there would otherwise be few programs with many registers.
+    32 rows at most: threads hold a few numbers for each of their rows, and would spill.
     """
     columns = max(8, triton.next_power_of_2(classes))
-    return {"ROWS": min(NARROW // columns, 64), "COLUMNS": columns, "num_warps": 4}
+    return {"ROWS": max(1, min(2048 // columns, 32)), "COLUMNS": columns, "num_warps": 4}
+
+
+def _wide_block(classes: int, weighted: bool) -> dict[str, int]:
+    """A block of a wide row, in the forward; shorter ones leave less of a short row masked."""
+    if weighted:
+        # Each weight is read beside its logit: 16 of both a thread, as more would spill.
+        return {"COLUMNS": 2048, "num_warps": 4}
+    # 32 elements a thread are in flight.
+    short = classes < 16384
+    return {"COLUMNS": 4096 if short else 8192, "num_warps": 4 if short else 8}
 
 
 def cross_entropy_fwd(
@@ -95,9 +105,7 @@ def cross_entropy_fwd(
             **flags,
             ALIGNED=aligned(rows),
             UNIT=access(rows),
-            # 32 elements a thread are in flight; shorter blocks leave less of a short row masked.
-            COLUMNS=4096 if classes < 16384 else 8192,
-            num_warps=4 if classes < 16384 else 8,
+            **_wide_block(classes, flags["HAS_WEIGHT"] and flags["SMOOTHING"]),
         )
     return losses, row_weights, lse
 

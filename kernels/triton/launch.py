@@ -1,4 +1,4 @@
-"""How kernels are launched: on a GPU, in the interpreter, or recorded to be compiled without one."""
+"""How kernels are launched: on a GPU, in the interpreter, or recorded for `fusedformer aot`."""
 
 import contextlib
 import functools
