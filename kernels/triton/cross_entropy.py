@@ -54,10 +54,10 @@ def _weights(
 def _narrow_tile(classes: int) -> dict[str, int]:
     """Whole rows, 16 elements a thread of 4 warps; no fewer columns than a 16-byte access has.
 
-    32 rows at most: threads hold a few numbers for each of their rows, and would spill.
+    16 rows at most: threads hold a few numbers for each of their rows, and would spill.
     """
     columns = max(8, triton.next_power_of_2(classes))
-    return {"ROWS": max(1, min(2048 // columns, 32)), "COLUMNS": columns, "num_warps": 4}
+    return {"ROWS": max(1, min(2048 // columns, 16)), "COLUMNS": columns, "num_warps": 4}
 
 
 def _wide_block(classes: int, weighted: bool) -> dict[str, int]:
