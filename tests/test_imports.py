@@ -48,6 +48,8 @@ def group(module: str) -> str:
         return first if first in own else "package"
     if name in ("dispatch", "reference", "triton", "native"):
         return name
+    if name.startswith("native_"):
+        return "native"
     return "common" if name in ("rng", "checks") else "op"
 
 

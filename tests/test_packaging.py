@@ -54,12 +54,15 @@ def test_every_folder_is_listed():
             package = path.parent.relative_to(ROOT).parts
             assert mapping["fusedformer" if folder == "fusedformer" else f"fusedformer.{folder}"]
             found.add(".".join(package if folder == "fusedformer" else ("fusedformer", *package)))
-    assert found == set(SETUPTOOLS["packages"])
+    assert found | {"fusedformer.csrc"} == set(SETUPTOOLS["packages"])
+    data = SETUPTOOLS["package-data"]["fusedformer.csrc"]
+    shipped = {path for pattern in data for path in (ROOT / "csrc").glob(pattern)}
+    assert {path for path in (ROOT / "csrc").rglob("*") if path.is_file()} == shipped
 
 
 def test_type_checkers_see_every_folder():
     links = {path.name: path.resolve() for path in (ROOT / ".typelinks/fusedformer").iterdir()}
-    mapped = SETUPTOOLS["package-dir"].values()
+    mapped = set(SETUPTOOLS["package-dir"].values()) - {"csrc"}
     assert links == {folder: ROOT / folder for folder in mapped if folder != "fusedformer"}
 
 
@@ -168,6 +171,8 @@ def test_wheel(copy, tmp_path):
         ours |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
     assert shipped == ours
     assert (site / "fusedformer/py.typed").is_file()
+    shipped = {path.relative_to(site / "fusedformer") for path in site.rglob("csrc/**/*.*")}
+    assert shipped == {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.*")}
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"fusedformer"}
 
     # A package of the same name beside ours must not be taken for the checkout's folder.

@@ -1,0 +1,262 @@
+"""Builds the C++ library of csrc/ on first use, into a cache. Knows no op.
+
+- The library is keyed by sources, flags and compiler. It appears in the cache under its name in one
+  step, when it is whole: an interrupted build leaves nothing that could be loaded, and two
+  processes that want it wait for one another.
+- A failure has one line of reason; what the compiler said is in the log that the line names. A
+  compile that failed is not tried again within a day, except by ``fusedformer build``.
+- One library runs on every torch from 2.10 on: LibTorch's stable ABI, no libpython, no OpenMP.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+LIBRARY = "libfusedformer_cpu.so"
+
+# In a checkout beside kernels/; installed, as fusedformer/csrc.
+SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+
+# Put there by a wheel that was built with the library inside.
+PREBUILT = SOURCES / LIBRARY
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    # NaN and infinity mean what they mean; only errno and floating-point traps are given up.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+
+# Of the files *_kernels.cpp, which are compiled once for each; csrc/cpu/isa.h has the conventions.
+KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti"]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+X86_ISAS = {
+    "portable": [],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512bf16": [*_AVX512, "-mavx512bf16"],
+}
+
+RETRY_SECONDS = 24 * 3600
+SLOW_SECONDS = 1.0  # a build that takes longer says so
+
+
+class BuildError(RuntimeError):
+    """Why there is no library: one line."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    path: str
+    version: str  # its own first line
+    isas: "dict[str, list[str]]"  # the instruction sets that it compiles for -> its flags
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: as the platform has it, XDG_CACHE_HOME before all."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named and os.path.isabs(named):
+        return Path(named) / "fusedformer"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "fusedformer"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/fusedformer"
+    return Path.home() / ".cache/fusedformer"
+
+
+def find_compiler() -> Compiler:
+    """The C++ compiler: ``CXX``, else the first of c++, g++ and clang++ on the PATH.
+
+    Raises:
+        BuildError: there is none, or it does not run.
+    """
+    if sys.platform == "win32":
+        raise BuildError("the C++ kernels are not built on Windows yet")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        raise BuildError(f"no C++ compiler found (looked for {', '.join(names)} on the PATH)")
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"the C++ compiler {path} does not run ({error})") from error
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isas = X86_ISAS if x86 else {"portable": []}
+    return Compiler(path, done.stdout.partition("\n")[0].strip(), isas)
+
+
+def sources() -> list[Path]:
+    return sorted((SOURCES / "cpu").glob("*.cpp"))
+
+
+def _key(compiler: Compiler) -> str:
+    """Of all that decides what the library holds."""
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h"), *sources()]):
+        digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
+    digest.update(repr((FLAGS, KERNEL_FLAGS, compiler, platform.machine())).encode())
+    return digest.hexdigest()[:16]
+
+
+def compile_commands(compiler: Compiler, folder: Path) -> dict[Path, list[str]]:
+    """For each object file in ``folder``, the command that makes it."""
+    include = Path(torch.__file__).parent / "include"
+    common = [compiler.path, *FLAGS, "-I", str(SOURCES), "-isystem", str(include)]
+    if len(compiler.isas) > 1:
+        common.append("-DFUSEDFORMER_X86")
+    commands = {}
+    for source in sources():
+        variants: dict[str, list[str]] = {"": []}
+        if source.stem.endswith("_kernels"):
+            variants = {
+                f".{isa}": [*KERNEL_FLAGS, *flags, f"-DFUSEDFORMER_ISA={isa}"]
+                for isa, flags in compiler.isas.items()
+            }
+        for suffix, flags in variants.items():
+            target = folder / f"{source.stem}{suffix}.o"
+            commands[target] = [*common, *flags, "-c", str(source), "-o", str(target)]
+    return commands
+
+
+def link_command(compiler: Compiler, objects: list[Path], target: Path) -> list[str]:
+    """torch is loaded before the library is, so no path to it is kept inside."""
+    libraries = Path(torch.__file__).parent / "lib"
+    return [
+        *(compiler.path, "-shared", *map(str, objects)),
+        *(f"-L{libraries}", "-ltorch_cpu", "-o", str(target)),
+    ]
+
+
+def _ninja() -> "str | None":
+    """The ninja of the system, or of its Python package."""
+    found = shutil.which("ninja")
+    if found is None:
+        with contextlib.suppress(ImportError):
+            found = shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
+    return found
+
+
+def _ninja_file(objects: dict[Path, list[str]], link: list[str], library: Path) -> str:
+    def text(command: list[str]) -> str:
+        return " ".join(part.replace("$", "$$") for part in map(_quoted, command))
+
+    def path(name: Path) -> str:
+        return str(name).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+    lines = ["rule run", "  command = $line", "  description = $out"]
+    for target, command in [*objects.items(), (library, link)]:
+        needs = " ".join(map(path, objects)) if target == library else ""
+        lines += [f"build {path(target)}: run {needs}", f"  line = {text(command)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(part: str) -> str:
+    return "'" + part.replace("'", "'\\''") + "'" if set(part) & set(" '\"$&;()<>|*?\\") else part
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    return done.returncode, f"{' '.join(command)}\n{done.stdout}"
+
+
+def _compile(compiler: Compiler, folder: Path) -> tuple[bool, str, Path]:
+    """Builds in ``folder``: whether it went well, what was said, and the library."""
+    library = folder / LIBRARY
+    objects = compile_commands(compiler, folder)
+    link = link_command(compiler, list(objects), library)
+    ninja = _ninja()
+    if ninja is not None:
+        (folder / "build.ninja").write_text(_ninja_file(objects, link, library))
+        code, log = _run([ninja, "-C", str(folder), "-k", "0"])
+        return code == 0, log, library
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(_run, objects.values()))
+    if not any(code for code, _ in results):
+        results.append(_run(link))
+    return not any(code for code, _ in results), "\n".join(log for _, log in results), library
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock among processes; the system frees it however a process ends."""
+    import fcntl  # not on Windows, where nothing is built
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _say(text: str) -> None:
+    print(f"fusedformer: {text}", file=sys.stderr, flush=True)
+
+
+def build(*, again: bool = False, verbose: bool = False) -> Path:
+    """The library, from the cache or built into it.
+
+    Args:
+        again: compile even if it is there, or failed lately.
+        verbose: say where it is built.
+
+    Raises:
+        BuildError: it cannot be built; the message is one line.
+    """
+    if not sources():
+        raise BuildError(f"there are no C++ sources in {SOURCES}")
+    compiler = find_compiler()
+    cache = cache_folder()
+    stem = f"cpu-{_key(compiler)}"
+    library, log = cache / f"{stem}.so", cache / f"{stem}.log"
+    if library.is_file() and not again:
+        return library
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{stem}.lock"):
+            if again:
+                log.unlink(missing_ok=True)
+            elif library.is_file():  # another process has built it meanwhile
+                return library
+            _build_locked(compiler, cache, stem, library, log)
+    except OSError as error:
+        raise BuildError(f"the cache cannot be written ({error})") from error
+    return library
+
+
+def _build_locked(compiler: Compiler, cache: Path, stem: str, library: Path, log: Path) -> None:
+    if log.is_file() and 0 <= time.time() - log.stat().st_mtime < RETRY_SECONDS:
+        raise BuildError(f"its compile failed lately (see {log}; `fusedformer build` tries again)")
+    for left_over in cache.glob(f"{stem}.building-*"):  # by a build that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{stem}.building-", dir=cache))
+    _say(f"building the CPU kernels, once, into {cache}")
+    start = time.monotonic()
+    try:
+        fine, said, built = _compile(compiler, folder)
+        if not fine:
+            log.write_text(said)
+            raise BuildError(f"its compile failed (see {log})")
+        built.replace(library)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _say(f"built the CPU kernels in {time.monotonic() - start:.0f} s")
