@@ -185,12 +185,13 @@ def _tile(n_rows: int, width: int) -> tuple[int, int]:
 
     16 elements are one Philox call and, in 16 bits, two accesses of 16 bytes. 256 columns waste
     little of a row of any width, are long enough to coalesce (one warp reads a row's 512 bytes)
-    and let a program reuse its bias; a few long rows are cut lengthwise instead.
+    and let a program reuse its bias; a few long rows are cut lengthwise instead. Up to 32 columns a
+    thread's elements lie in many rows, whose offsets take registers: half a tile, or it spills.
     """
     if n_rows < 8 and width > 256:
         return 1, 2048
-    columns = min(256, max(16, triton.next_power_of_2(width)))
-    return 2048 // columns, columns
+    columns = min(256, max(32, triton.next_power_of_2(width)))
+    return (2048 if columns > 32 else 1024) // columns, columns
 
 
 # Programs of 4 warps that a multiprocessor is given in the backward: enough loads in flight to
