@@ -50,33 +50,38 @@ def forward_config(
     block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
 ) -> Config:
     """Tiles of the forward."""
+    hopper = _is_hopper(where)
     if dtype == torch.float32:
         return Config(64, 32, 4 if block_d <= 64 else 8, 1)
     if masked:
-        if block_d <= 128 and _is_hopper(where):
-            return Config(128, 32, 8, 1)
-        return Config(64, 32, 8, 2 if block_d > 128 else 1)
+        if block_d <= 64:
+            return Config(128 if hopper else 64, 32, 8, 1)
+        return Config(64, 32, 8, 1 if block_d <= 128 else 2) if hopper else Config(64, 16, 8, 1)
+    if block_d <= 32 and dropout and not hopper:
+        return Config(128, 32, 8, 2)
     if block_d <= 64:
         return Config(128, 64, 8, 2) if dropout else Config(128, 64, 4, 3)
     if block_d <= 128:
-        return Config(128, 64, 8, 2)
-    return Config(128 if _is_hopper(where) else 64, 32, 8, 2)
+        return Config(128, 64, 8, 2) if hopper else Config(64, 32, 4, 2)
+    return Config(128 if hopper else 64, 32, 8, 2)
 
 
 def key_value_grads_config(
     block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
 ) -> Config:
     """Tiles of the dK and dV kernel."""
+    hopper = _is_hopper(where)
     if dtype == torch.float32:
         return Config(32, 32, 4 if block_d <= 64 else 8, 1)
-    hopper = _is_hopper(where)
     if masked:
-        return Config(32, 64, 8, 1) if block_d <= 64 and hopper else Config(32, 32, 8, 1)
+        return Config(32, 64 if block_d <= 64 and hopper else 32, 8, 1)
     if block_d <= 64:
         if hopper:
             return Config(64, 128, 8, 2)
         return Config(32, 64, 4, 2) if dropout else Config(64, 64, 8, 2)
     if block_d <= 128:
+        if dropout:
+            return Config(32, 128 if hopper else 64, 8, 2)
         return Config(64, 64, 8, 2)
     return Config(32, 32, 8, 2)
 
@@ -85,25 +90,29 @@ def query_grads_config(
     block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
 ) -> Config:
     """Tiles of the dQ kernel."""
+    hopper = _is_hopper(where)
     if dtype == torch.float32:
         return Config(32, 32, 4 if block_d <= 64 else 8, 1)
-    hopper = _is_hopper(where)
     if masked:
-        return Config(64, 32, 8, 1) if block_d <= 128 and hopper else Config(32, 32, 8, 1)
+        return Config(64 if block_d <= 128 and hopper else 32, 32, 8, 1)
     if block_d <= 64:
-        return Config(128, 64, 8, 2)
+        return Config(128, 64 if hopper or not dropout else 32, 8, 2)
     if block_d <= 128:
         if hopper:
             return Config(128, 64, 8, 2)
-        return Config(64, 32, 8, 2) if dropout else Config(64, 64, 8, 2)
-    return Config(64, 32, 8, 2) if hopper else Config(32, 32, 8, 2)
+        return Config(64, 32 if dropout else 64, 8, 2)
+    return Config(64 if hopper else 32, 32, 8, 2)
 
 
 def mask_grad_config(block_d: int, dtype: torch.dtype, where: Chip) -> Config:
     """Tiles of the kernel of the mask's gradient."""
     if dtype == torch.float32:
         return Config(32, 32, 4 if block_d <= 64 else 8, 1)
-    return Config(64, 32, 8, 1) if block_d <= 128 and _is_hopper(where) else Config(32, 32, 8, 1)
+    if _is_hopper(where) and block_d <= 128:
+        return Config(64, 32, 8, 1)
+    if block_d <= 64:
+        return Config(32, 32, 8, 1)
+    return Config(16, 32, 4 if block_d <= 128 else 8, 1)
 
 
 def attention_unsupported(
