@@ -1,13 +1,17 @@
 """Shared by all tests: where Triton runs, how many threads, which tests need a GPU."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 
-if not HAS_GPU:
+if HAS_GPU:
+    # Deterministic matrix products, for the tests that ask for them.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # Read when a kernel is decorated, so before any test imports one.
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -22,3 +26,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture
+def on_device() -> Iterator[None]:
+    """Tensors are made where Triton's kernels run: on the GPU if there is one."""
+    torch.manual_seed(0)
+    torch.set_default_device("cuda" if HAS_GPU else "cpu")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Tensors from torch.empty hold NaN, so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Nothing that torch.compile kept from the tests before."""
+    torch.compiler.reset()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import BACKENDS
 from bounds import assert_within_bound
 from layouts import LAYOUTS, matrix
 from pairwise import pairwise
@@ -12,7 +13,6 @@ from fusedformer.kernels import rng
 from fusedformer.kernels.activation import ACTIVATIONS
 
 bias_activation = fusedformer.bias_activation
-BACKENDS = ("reference", "triton")
 OPS = torch.ops.fusedformer
 SEED = 2**40 + 11
 
@@ -39,16 +39,10 @@ CASES = pairwise(
 
 
 # The interpreter computes in NumPy, which speaks of overflows that are meant.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Tensors from torch.empty hold NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.usefixtures("on_device", "poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 
 
 def describe(case):

@@ -5,22 +5,15 @@ import math
 import attention_cases as cases
 import pytest
 import torch
+from backends import BACKENDS
 from bounds import assert_within_bound
 
 import fusedformer
 from fusedformer.kernels import dispatch, rng
 
 attention = fusedformer.attention
-BACKENDS = ("reference", "triton")
 
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Tensors from torch.empty hold NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("on_device", "poisoned_memory")
 
 
 def _run_forward(backend: str, tensors: tuple, options: dict) -> tuple:

@@ -5,10 +5,13 @@ import warnings
 
 import pytest
 import torch
+from backends import BACKENDS
 from torch.utils.checkpoint import checkpoint
 
 from fusedformer import attention, available_backends, scaled_dot_product_attention, use_backend
 from fusedformer.kernels import dispatch
+
+pytestmark = pytest.mark.usefixtures("on_device", "fresh_compiler")
 
 
 def _inputs(*shape, dtype=torch.float32, grad=False, count=3):
@@ -110,7 +113,7 @@ def test_gradcheck_through_the_reference(causal):
     assert torch.autograd.gradcheck(lse, (query, key, mask))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_requires_a_gradient_gets_one(backend):
     query, key, value = _inputs(1, 2, 20, 16)
     query.requires_grad_()
@@ -152,7 +155,7 @@ def test_opcheck(changes):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_and_gradients_are_views_of_bnhd_memory(backend):
     query, key, value = (t.requires_grad_() for t in _inputs(2, 3, 20, 16))
     out = attention(query, key, value, backend=backend)
@@ -274,7 +277,7 @@ def test_meta_tensors():
     assert lse.shape == (2, 3, 5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_lengths_of_zero_and_poisoned_keys(backend):
     """NaN past the lengths reaches neither output nor gradient."""
     query, key, value = _inputs(3, 2, 40, 16)
@@ -295,7 +298,7 @@ def test_lengths_of_zero_and_poisoned_keys(backend):
     assert (results[0][1][0] == -math.inf).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [-1e30, -1e38, -math.inf])
 def test_large_negative_additive_values_hide(backend, value):
     query, key, val = _inputs(1, 2, 20, 16)
@@ -311,7 +314,7 @@ def test_large_negative_additive_values_hide(backend, value):
 # --- scaled_dot_product_attention -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("query", "key", "value", "options"),
     [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import BACKENDS
 from bounds import assert_within_bound
 from cross_entropy_cases import IGNORED, plain_losses, targets
 from layouts import LAYOUTS, matrix
@@ -13,7 +14,6 @@ from fusedformer.kernels import reference
 from fusedformer.kernels.triton import cross_entropy as on_triton
 
 cross_entropy = fusedformer.cross_entropy
-BACKENDS = ("reference", "triton")
 OPS = torch.ops.fusedformer
 
 # Classes of one tile with several rows and with one, at its edge and past it, of several blocks
@@ -37,16 +37,10 @@ CASES = pairwise(
 
 
 # The interpreter computes in NumPy, which speaks of what happens in rows outside the tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Tensors from torch.empty hold NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.usefixtures("on_device", "poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 
 
 def describe(case):

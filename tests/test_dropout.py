@@ -4,34 +4,20 @@ import math
 
 import pytest
 import torch
+from backends import BACKENDS
 from bounds import assert_within_bound
 from torch.utils.checkpoint import checkpoint
 
 import fusedformer
 from fusedformer.kernels import rng
 
-BACKENDS = ("reference", "triton")
-# Without a GPU Triton's interpreter takes CPU tensors.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("on_device", "poisoned_memory", "fresh_compiler")
 SEED = 2**50 + 3
 
 dropout = fusedformer.dropout
 
 # Scalars, few long rows, many short ones, widths beside a tile's, three dimensions.
 SHAPES = [(), (1,), (37,), (5000,), (37, 1), (199, 17), (20, 63), (9, 256), (3, 2100), (4, 5, 760)]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory_on_device():
-    """Tensors from torch.empty hold NaN, so that what a kernel leaves unwritten shows."""
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
-    torch.use_deterministic_algorithms(False)
 
 
 def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -233,7 +219,7 @@ def test_checkpoint_drops_the_same_again(compiled):
 
 
 def test_autocast_keeps_the_dtype():
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert dropout(torch.randn(3, 4)).dtype == torch.float32
 
 

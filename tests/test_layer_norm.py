@@ -3,26 +3,15 @@
 import layer_norm_cases as cases
 import pytest
 import torch
+from backends import BACKENDS
 from bounds import assert_within_bound
 from torch.nn import functional
 
 import fusedformer
 from fusedformer.kernels.triton import layer_norm as launchers
 
-BACKENDS = ("reference", "triton")
+pytestmark = pytest.mark.usefixtures("on_device", "poisoned_memory")
 OPS = torch.ops.fusedformer
-# Without a GPU Triton's interpreter takes CPU tensors.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory_on_device():
-    """Tensors from torch.empty hold NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    with torch.device(DEVICE):
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_pairs(case: dict) -> None:

@@ -2,26 +2,16 @@
 
 import pytest
 import torch
+from backends import BACKENDS
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fusedformer
 from fusedformer.kernels import dispatch
 
-BACKENDS = ("reference", "triton")
-# Without a GPU Triton's interpreter takes CPU tensors.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("on_device", "fresh_compiler")
 
 dropout_add_layer_norm = fusedformer.dropout_add_layer_norm
-
-
-@pytest.fixture(autouse=True)
-def _on_device():
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
 
 
 def _leaves(*shapes: tuple, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -216,7 +206,7 @@ def test_a_new_mask_each_call_and_the_same_under_a_seed():
 
 def test_autocast_keeps_the_dtype():
     x = torch.randn(3, 16)
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert fusedformer.layer_norm(x).dtype == torch.float32
         half = x.to(torch.bfloat16)
         y, z = dropout_add_layer_norm(half, x, torch.ones(16), prenorm=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import BACKENDS
 from bounds import assert_within_bound
 from cross_entropy_cases import IGNORED, plain_losses, targets
 from layouts import matrix
@@ -12,7 +13,6 @@ import fusedformer
 from fusedformer.kernels import linear_cross_entropy as module
 
 linear_cross_entropy = fusedformer.linear_cross_entropy
-BACKENDS = ("reference", "triton")
 OPS = torch.ops.fusedformer
 
 # Chunks of 16 tokens: one, several, and several with a shorter last one.
@@ -30,16 +30,10 @@ CASES = pairwise(
     }
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Tensors from torch.empty hold NaN, so that what is left unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.usefixtures("on_device", "poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 
 
 @pytest.fixture

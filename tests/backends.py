@@ -1,0 +1,3 @@
+"""The backends that tests compare, on the device where tests make their tensors."""
+
+BACKENDS = ("reference", "triton")
