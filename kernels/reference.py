@@ -113,22 +113,11 @@ def attention_fwd(
 
 
 def attention_bwd(
-    grad_out: Tensor,
-    grad_lse: "Tensor | None",
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: "Tensor | None",
-    key_lengths: "Tensor | None",
-    seed: "Tensor | None",
-    diagonal: "int | None",
-    scale: float,
-    dropout_p: float,
-    offsets: list[int],
-    mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:
+    grad_out: Tensor, grad_lse: "Tensor | None", out: Tensor, lse: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, mask: "Tensor | None",
+    key_lengths: "Tensor | None", seed: "Tensor | None", diagonal: "int | None",
+    scale: float, dropout_p: float, offsets: list[int], mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:  # fmt: skip
     """With M as in _attention_kept, so that O = (P o M) V:
 
     dV = (P o M)^T dO; dP = M o (dO V^T); dS = P o (dP - rowsum(P o dP) + dLSE);

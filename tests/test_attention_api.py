@@ -1,15 +1,13 @@
 """Attention as a PyTorch function: errors, autograd, compile, export, autocast, SDPA."""
 
 import math
-import warnings
 
 import pytest
 import torch
 from backends import BACKENDS
 from torch.utils.checkpoint import checkpoint
 
-from fusedformer import attention, available_backends, scaled_dot_product_attention, use_backend
-from fusedformer.kernels import dispatch
+from fusedformer import attention, scaled_dot_product_attention, use_backend
 
 pytestmark = pytest.mark.usefixtures("on_device", "fresh_compiler")
 
@@ -339,58 +337,6 @@ def test_sdpa_equals_torchs(query, key, value, options, backend):
     wanted = torch.nn.functional.scaled_dot_product_attention(*tensors, **options)
     out = scaled_dot_product_attention(*tensors, **options, backend=backend)
     torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
-
-
-# --- Dispatch -------------------------------------------------------------------------------------
-
-
-def test_an_explicit_backend_runs_or_raises(monkeypatch):
-    tensors = _inputs(1, 1, 4, 4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"attention: backend 'triton' cannot run: .*float64"):
-        attention(*tensors, backend="triton")
-    with use_backend("triton"), pytest.raises(RuntimeError, match="cannot run"):
-        attention(*tensors)
-    with pytest.raises(ValueError, match="use_backend: backend must be one of"), use_backend("x"):
-        pass
-    attention(*tensors)  # the block has ended
-
-
-def test_use_backend_is_left_by_an_exception():
-    with pytest.raises(KeyError), use_backend("triton"):
-        raise KeyError
-    assert dispatch._default == ""
-
-
-def test_available_backends():
-    found = available_backends("attention", "cpu")
-    assert found["reference"] is None
-    with pytest.raises(ValueError, match="op must be one of"):
-        available_backends("convolution")
-
-
-def test_a_failed_import_is_kept_and_shown(monkeypatch):
-    monkeypatch.setitem(dispatch.BACKENDS, "triton", "fusedformer.kernels.no_such_module")
-    monkeypatch.setattr(dispatch, "_modules", {})
-    monkeypatch.setattr(dispatch, "_failures", {})
-    tensors = _inputs(1, 1, 4, 4)
-    with pytest.raises(RuntimeError, match=r"cannot be imported \(ModuleNotFoundError"):
-        attention(*tensors, backend="triton")
-    assert "no_such_module" in dispatch.failure("triton", "attention")
-
-
-def test_landing_on_the_reference_off_the_cpu_warns_once(monkeypatch):
-    monkeypatch.setattr(dispatch, "_warned", set())
-    tensor = torch.empty(1, device="meta")  # stands for a device without kernels
-    monkeypatch.setattr(
-        dispatch, "load", lambda backend, op: __import__("types").SimpleNamespace(
-            attention_unsupported=lambda *args: None
-        ),
-    )  # fmt: skip
-    with pytest.warns(UserWarning, match="attention runs on the slow reference backend on meta"):
-        dispatch.pick("attention", "", (tensor,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dispatch.pick("attention", "", (tensor,))
 
 
 # --- On a GPU -------------------------------------------------------------------------------------

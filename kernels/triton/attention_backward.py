@@ -112,7 +112,7 @@ def attention_key_value_grads_kernel(
     stride_gb: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
     stride_dkb: tl.int64, stride_dkh: tl.int64, stride_dkn: tl.int64,
     stride_dvb: tl.int64, stride_dvh: tl.int64, stride_dvn: tl.int64,
-    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj,
     heads, n_queries, n_keys, diagonal,
     scale,  # as in the forward
     grad_scale,  # the scale with its sign
@@ -241,7 +241,7 @@ def attention_query_grads_kernel(
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
     stride_gb: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
     stride_dqb: tl.int64, stride_dqh: tl.int64, stride_dqn: tl.int64,
-    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj,
     heads, n_queries, n_keys, diagonal,
     scale,  # as in the forward
     grad_scale,  # the scale with its sign

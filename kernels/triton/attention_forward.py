@@ -82,7 +82,7 @@ def attention_fwd_kernel(
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
-    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj,
     heads, n_queries, n_keys, diagonal,
     scale,  # |scale|, positive; times log2(e) unless EXACT
     threshold: tl.uint32,  # of dropout

@@ -37,7 +37,7 @@ def attention_mask_grad_kernel(
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
     stride_gb: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
-    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj: tl.int64,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj,
     stride_gmb: tl.int64, stride_gmh: tl.int64, stride_gmi: tl.int64, stride_gmj: tl.int64,
     batches, heads, n_queries, n_keys, mask_batches, mask_heads, diagonal,
     scale,  # as in the forward

@@ -1,0 +1,63 @@
+"""Which backend runs: one that is named runs or raises, the automatic choice falls through."""
+
+import types
+import warnings
+
+import pytest
+import torch
+
+from fusedformer import attention, available_backends, use_backend
+from fusedformer.kernels import dispatch
+
+
+def _inputs(*shape, dtype=torch.float32):
+    return [torch.randn(shape, dtype=dtype) for _ in range(3)]
+
+
+def test_an_explicit_backend_runs_or_raises(monkeypatch):
+    tensors = _inputs(1, 1, 4, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"attention: backend 'triton' cannot run: .*float64"):
+        attention(*tensors, backend="triton")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="cannot run"):
+        attention(*tensors)
+    with pytest.raises(ValueError, match="use_backend: backend must be one of"), use_backend("x"):
+        pass
+    attention(*tensors)  # the block has ended
+
+
+def test_use_backend_is_left_by_an_exception():
+    with pytest.raises(KeyError), use_backend("triton"):
+        raise KeyError
+    assert dispatch._default == ""
+
+
+def test_available_backends():
+    found = available_backends("attention", "cpu")
+    assert found["reference"] is None
+    with pytest.raises(ValueError, match="op must be one of"):
+        available_backends("convolution")
+
+
+def test_a_failed_import_is_kept_and_shown(monkeypatch):
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", "fusedformer.kernels.no_such_module")
+    monkeypatch.setattr(dispatch, "_modules", {})
+    monkeypatch.setattr(dispatch, "_failures", {})
+    tensors = _inputs(1, 1, 4, 4)
+    with pytest.raises(RuntimeError, match=r"cannot be imported \(ModuleNotFoundError"):
+        attention(*tensors, backend="triton")
+    assert "no_such_module" in dispatch.failure("triton", "attention")
+
+
+def test_landing_on_the_reference_off_the_cpu_warns_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    tensor = torch.empty(1, device="meta")  # stands for a device without kernels
+    monkeypatch.setattr(
+        dispatch, "load", lambda backend, op: types.SimpleNamespace(
+            attention_unsupported=lambda *args: None
+        ),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="attention runs on the slow reference backend on meta"):
+        dispatch.pick("attention", "", (tensor,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.pick("attention", "", (tensor,))
