@@ -101,6 +101,26 @@ def test_the_cases_cover_every_pair_of_options():
             assert len(met) == len(cases.OPTIONS[a]) * len(cases.OPTIONS[b]), (a, b)
 
 
+@pytest.mark.parametrize("keys", range(15, 35))
+def test_every_edge_of_a_tile(keys, monkeypatch):
+    """Every length of the keys, and so every place of the diagonal, against tiles of 16 by 16."""
+    from fusedformer.kernels.triton import attention as backend
+
+    config = backend.Config(16, 16, warps=4, stages=1)
+    for name in ("forward", "key_value_grads", "query_grads"):
+        monkeypatch.setattr(backend, f"{name}_config", lambda *args: config)
+    lengths = torch.arange(keys - 3, keys + 1)
+    query = _random(4, 1, 17, 16).requires_grad_()
+    key, value = (_random(4, 1, keys, 16).requires_grad_() for _ in range(2))
+    upstream = torch.randn(4, 1, 17, 16)
+    results = []
+    for name in ("triton", "reference"):
+        out = attention(query, key, value, key_lengths=lengths, causal=True, backend=name)
+        results.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)], ids=str)
 def test_empty(backend, shape):

@@ -147,7 +147,8 @@ def layer_norm_wide_bwd_kernel(
                 source = added(source, residual, keep, scale, Z_DTYPE)
             normed = (source - mean[:, None]) * rstd[:, None]
             sums_at = program.to(tl.int64) * width + columns
-            started = tile > program
+            # A whole vector, because the interpreter's scalars are no masks.
+            started = tl.full([BLOCK], tile, tl.int32) > program
             _accumulate(
                 weight_sums_ptr, sums_at, started, column_inside, tl.sum(grad_y * normed, 0)
             )
