@@ -12,8 +12,9 @@ Conventions, for every op (csrc/cpu/ops.cpp has those of the C++ side):
 import functools
 
 import torch
+from torch import Tensor
 
-from fusedformer.kernels import native_build
+from fusedformer.kernels import native_build, rng
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,10 +53,230 @@ def unsupported_device(device: torch.device) -> "str | None":
     return library()[1]
 
 
-def unsupported_tensors(*tensors: "torch.Tensor | None") -> "str | None":
+def unsupported_tensors(*tensors: "Tensor | None") -> "str | None":
     """Why kernels cannot take these tensors, the first one not None; or None."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"{tensor.dtype} runs on the reference backend only"
     assert tensors[0] is not None
     return unsupported_device(tensors[0].device)
+
+
+def _dropout(p: float) -> tuple[int, float]:
+    """The threshold, and the scale of what is kept."""
+    return rng.threshold(p), 1 / (1 - p)
+
+
+# --- Dropout --------------------------------------------------------------------------------------
+
+
+def dropout_unsupported(x: Tensor, *args: object) -> "str | None":
+    """Why the kernels cannot take a call, or None."""
+    return unsupported_tensors(x)
+
+
+def dropout_fwd(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """As reference.dropout_fwd."""
+    return torch.ops.fusedformer_native.dropout_fwd.default(x, seed, *_dropout(p))
+
+
+def dropout_bwd(grad_out: Tensor, seed: Tensor, p: float) -> Tensor:
+    """The same function of the gradient."""
+    return dropout_fwd(grad_out, seed, p)
+
+
+# --- Dropout + add + layer norm -------------------------------------------------------------------
+
+
+def dropout_add_layer_norm_unsupported(
+    x: Tensor,
+    residual: "Tensor | None",
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    *args: object,
+) -> "str | None":
+    """Why the kernels cannot take a call, or None."""
+    return unsupported_tensors(x, residual, weight, bias)
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,
+    residual: "Tensor | None",
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    seed: "Tensor | None",
+    dropout_p: float,
+    eps: float,
+    is_rms_norm: bool,
+    prenorm: bool,
+    z_dtype: torch.dtype,
+) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor]":
+    """As reference.dropout_add_layer_norm_fwd."""
+    return torch.ops.fusedformer_native.dropout_add_layer_norm_fwd.default(
+        x, residual, weight, bias, seed, *_dropout(dropout_p), eps, is_rms_norm, prenorm, z_dtype
+    )
+
+
+def dropout_add_layer_norm_bwd(
+    grad_y: Tensor,
+    grad_z: "Tensor | None",
+    source: Tensor,
+    residual: "Tensor | None",
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    seed: "Tensor | None",
+    mean: "Tensor | None",
+    rstd: Tensor,
+    dropout_p: float,
+    is_rms_norm: bool,
+    prenorm: bool,
+    z_dtype: torch.dtype,
+    residual_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]":
+    """As reference.dropout_add_layer_norm_bwd."""
+    return torch.ops.fusedformer_native.dropout_add_layer_norm_bwd.default(
+        grad_y, grad_z, source, residual, weight, bias, seed, mean, rstd, *_dropout(dropout_p),
+        prenorm, z_dtype, residual_grad, weight_grad, bias_grad,
+    )  # fmt: skip
+
+
+# --- Bias + activation + dropout ------------------------------------------------------------------
+
+# As csrc/cpu/elementwise.h numbers them.
+_ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
+
+
+def bias_activation_unsupported(x: Tensor, bias: "Tensor | None", *args: object) -> "str | None":
+    """Why the kernels cannot take a call, or None."""
+    return unsupported_tensors(x, bias)
+
+
+def bias_activation_fwd(
+    x: Tensor, bias: "Tensor | None", seed: "Tensor | None", activation: str, dropout_p: float
+) -> Tensor:
+    """As reference.bias_activation_fwd."""
+    return torch.ops.fusedformer_native.bias_activation_fwd.default(
+        x, bias, seed, _ACTIVATIONS[activation], *_dropout(dropout_p)
+    )
+
+
+def bias_activation_bwd(
+    grad_out: Tensor,
+    x: Tensor,
+    bias: "Tensor | None",
+    seed: "Tensor | None",
+    activation: str,
+    dropout_p: float,
+    bias_grad: bool,
+) -> "tuple[Tensor, Tensor | None]":
+    """As reference.bias_activation_bwd."""
+    return torch.ops.fusedformer_native.bias_activation_bwd.default(
+        grad_out, x, bias, seed, _ACTIVATIONS[activation], *_dropout(dropout_p), bias_grad
+    )
+
+
+# --- Cross-entropy --------------------------------------------------------------------------------
+
+
+def cross_entropy_unsupported(
+    logits: Tensor, target: Tensor, weight: "Tensor | None", *args: object
+) -> "str | None":
+    """Why the kernels cannot take a call, or None."""
+    return unsupported_tensors(logits, weight)
+
+
+def cross_entropy_fwd(
+    logits: Tensor, target: Tensor, weight: "Tensor | None", ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.cross_entropy_fwd."""
+    return torch.ops.fusedformer_native.cross_entropy_fwd.default(
+        logits, target, weight, ignore_index, smoothing
+    )
+
+
+def cross_entropy_bwd(
+    grad_losses: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: "Tensor | None",
+    ignore_index: int,
+    smoothing: float,
+    overwrite: bool = False,
+) -> Tensor:
+    """As reference.cross_entropy_bwd."""
+    grad = logits if overwrite else torch.empty(logits.shape, dtype=logits.dtype)
+    torch.ops.fusedformer_native.cross_entropy_bwd.default(
+        grad_losses, lse, logits, target, weight, ignore_index, smoothing, grad
+    )
+    return grad
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+def attention_unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: "Tensor | None",
+    key_lengths: "Tensor | None",
+    seed: "Tensor | None",
+    diagonal: "int | None",
+    scale: float,
+    dropout_p: float,
+    offsets: list[int],
+) -> "str | None":
+    """Why these kernels cannot take a call, or None."""
+    return unsupported_tensors(query)
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: "Tensor | None",
+    key_lengths: "Tensor | None",
+    seed: "Tensor | None",
+    diagonal: "int | None",
+    scale: float,
+    dropout_p: float,
+    offsets: list[int],
+) -> tuple[Tensor, Tensor]:
+    """O and LSE; see reference.attention_fwd."""
+    if diagonal is None:
+        diagonal = key.shape[2]  # which hides nothing
+    return torch.ops.fusedformer_native.attention_fwd.default(
+        query, key, value, mask, key_lengths, seed, diagonal, scale,
+        rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets,
+    )  # fmt: skip
+
+
+def attention_bwd(
+    grad_out: Tensor,
+    grad_lse: "Tensor | None",
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: "Tensor | None",
+    key_lengths: "Tensor | None",
+    seed: "Tensor | None",
+    diagonal: "int | None",
+    scale: float,
+    dropout_p: float,
+    offsets: list[int],
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:
+    """dQ, dK, dV and the mask's gradient; see reference.attention_bwd. Deterministic."""
+    if diagonal is None:
+        diagonal = key.shape[2]
+    *grads, grad_mask = torch.ops.fusedformer_native.attention_bwd.default(
+        grad_out, grad_lse, out, lse,
+        query, key, value, mask, key_lengths, seed, diagonal, scale,
+        rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets, mask_grad,
+    )  # fmt: skip
+    return (*grads, grad_mask if mask_grad else None)
