@@ -207,7 +207,7 @@ def cross_entropy_bwd(
     overwrite: bool = False,
 ) -> Tensor:
     """As reference.cross_entropy_bwd."""
-    grad = logits if overwrite else torch.empty(logits.shape, dtype=logits.dtype)
+    grad = logits if overwrite else logits.new_empty(logits.shape)
     torch.ops.fusedformer_native.cross_entropy_bwd.default(
         grad_losses, lse, logits, target, weight, ignore_index, smoothing, grad
     )

@@ -47,7 +47,13 @@ FLAGS = [
 ]
 
 # Of the files *_kernels.cpp, which are compiled once for each; csrc/cpu/isa.h has the conventions.
-KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti"]
+# Options like a residual are asked for inside loops, where they are foreseen; a loop for each of
+# their combinations would take minutes to compile. (g++ 12's AVX-512 headers warn of themselves.)
+# A product is fused with a sum only where a kernel says so: what must cancel exactly, does.
+KERNEL_FLAGS = [
+    *("-fno-exceptions", "-fno-rtti", "-fno-unswitch-loops", "-ffp-contract=off"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_ISAS = {

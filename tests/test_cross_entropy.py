@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import BACKENDS
+from backends import ROW_BACKENDS as BACKENDS
 from bounds import assert_within_bound
 from cross_entropy_cases import IGNORED, plain_losses, targets
 from layouts import LAYOUTS, matrix
@@ -10,11 +10,12 @@ from pairwise import pairwise
 from torch.nn import functional
 
 import fusedformer
-from fusedformer.kernels import reference
+from fusedformer.kernels import native, reference
 from fusedformer.kernels.triton import cross_entropy as on_triton
 
 cross_entropy = fusedformer.cross_entropy
 OPS = torch.ops.fusedformer
+MODULES = [reference, on_triton, native][: len(BACKENDS)]
 
 # Classes of one tile with several rows and with one, at its edge and past it, of several blocks
 # that end on a boundary or not; rows that fill no tile, or many.
@@ -47,7 +48,7 @@ def describe(case):
     return " ".join(str(value).replace("torch.", "") for value in case.values())
 
 
-def check_pairs(case, device="cpu"):
+def check_pairs(case, device="cpu", backends=BACKENDS):
     """The forward of each backend with the backward of each, against float64."""
     torch.manual_seed(0)
     rows, classes = case["size"]
@@ -73,14 +74,14 @@ def check_pairs(case, device="cpu"):
     # What cancels in a loss over one class, and in its gradient.
     terms = float(grad.abs().max()) * 4
     args = (x, target, weight, IGNORED, smoothing)
-    for forward in BACKENDS:
+    for forward in backends:
         losses, row_weights, lse = OPS.cross_entropy_fwd(*args, forward)
         assert losses.dtype == row_weights.dtype == lse.dtype == torch.float32
         assert_within_bound(f"losses of {forward}", losses, eager[0], truth[0])
         expected = torch.ones(classes, device=device) if weight is None else weight.float()
         expected = expected[target.clamp(0).long()].masked_fill(target == IGNORED, 0)
         assert torch.equal(row_weights, expected)
-        for backward in BACKENDS:
+        for backward in backends:
             found = OPS.cross_entropy_bwd(grad, lse, *args, backward)
             assert found.dtype == x.dtype
             assert found.is_contiguous()
@@ -118,7 +119,7 @@ def test_gradient_over_the_logits(classes, pitch):
     lse = logits.logsumexp(1)
     expected = reference.cross_entropy_bwd(grad, lse, logits, *args)
     kept = buffer[:, classes:].clone()
-    for module in (reference, on_triton):
+    for module in MODULES:
         place = buffer.clone()
         found = module.cross_entropy_bwd(grad, lse, place[:, :classes], *args, True)
         assert found.data_ptr() == place.data_ptr()
@@ -222,7 +223,7 @@ def test_ignored_class_index(backend):
     torch.testing.assert_close(found, functional.cross_entropy(x, target, ignore_index=0))
 
 
-@pytest.mark.parametrize("module", [reference, on_triton])
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("classes", [7, 5000])
 def test_bad_targets_beyond_the_check_give_nan(module, classes):
     # As on a GPU, where no one looks at the values.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import BACKENDS
+from backends import ROW_BACKENDS as BACKENDS
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 

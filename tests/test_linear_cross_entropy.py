@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import BACKENDS
+from backends import ROW_BACKENDS as BACKENDS
 from bounds import assert_within_bound
 from cross_entropy_cases import IGNORED, plain_losses, targets
 from layouts import matrix

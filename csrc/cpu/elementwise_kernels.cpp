@@ -1,0 +1,106 @@
+// Dropout, and bias + activation + dropout, forward and backward.
+#include "elementwise.h"
+
+#include "row_mask.h"
+#include "row_math.h"
+
+namespace fusedformer {
+namespace {
+
+// body(column, Whole or Part) for every 16 columns.
+template <class Body>
+inline __attribute__((always_inline)) void each_16(int64_t from, int64_t until, Body body) {
+  int64_t column = from;
+  for (; column + kLanes <= until; column += kLanes) body(column, Whole{});
+  if (column < until) body(column, Part{static_cast<int>(until - column)});
+}
+
+template <class T, class Act>
+void forward(const Elementwise& a, const Tile& tile, uint16_t* bits) {
+  const Floats scale = splat(a.dropout.scale);
+  Masks masks(a.dropout, a.tag, tile, bits);
+  for (int64_t row = tile.first; row < tile.last; ++row) {
+    const T* x = row_of<T>(a.x, row);
+    T* out = row_to<T>(a.out, row);
+    const uint16_t* keep = masks.of(row);
+    each_16(tile.from, tile.until, [&](int64_t column, auto n) __attribute__((always_inline)) {
+      Floats z = load(x + column, n);
+      if (a.bias) z = z + load(a.bias + column, n);
+      z = Act::value(z);
+      if (keep) z = dropped(z, keep[(column - tile.from) / kLanes], scale);
+      put(out + column, z, n, a.stream);
+    });
+  }
+  if (a.stream) fence();
+}
+
+template <class T, class Act>
+void backward(const Elementwise& a, const Tile& tile, uint16_t* bits, float* sums) {
+  const Floats scale = splat(a.dropout.scale);
+  Masks masks(a.dropout, a.tag, tile, bits);
+  for (int64_t row = tile.first; row < tile.last; ++row) {
+    const T* x = row_of<T>(a.x, row);
+    const T* grad = row_of<T>(a.grad, row);
+    T* out = row_to<T>(a.out, row);
+    const uint16_t* keep = masks.of(row);
+    each_16(tile.from, tile.until, [&](int64_t column, auto n) __attribute__((always_inline)) {
+      Floats z = load(x + column, n);
+      if (a.bias) z = z + load(a.bias + column, n);
+      Floats g = load(grad + column, n);
+      if (keep) g = dropped(g, keep[(column - tile.from) / kLanes], scale);
+      g = g * Act::slope(z);
+      if (sums) {
+        float* at = sums + column - tile.from;
+        store(at, g + load(at, n), n);
+      }
+      put(out + column, g, n, a.stream);
+    });
+  }
+  if (a.stream) fence();
+}
+
+// --- By dtype and activation ----------------------------------------------------------------------
+
+template <class T>
+void forward_of(const Elementwise& a, const Tile& tile, uint16_t* bits) {
+  switch (a.activation) {
+    case Activation::none: return forward<T, Identity>(a, tile, bits);
+    case Activation::gelu: return forward<T, Gelu>(a, tile, bits);
+    case Activation::gelu_tanh: return forward<T, GeluTanh>(a, tile, bits);
+    case Activation::relu: return forward<T, Relu>(a, tile, bits);
+    case Activation::silu: return forward<T, Silu>(a, tile, bits);
+  }
+}
+
+template <class T>
+void backward_of(const Elementwise& a, const Tile& tile, uint16_t* bits, float* sums) {
+  switch (a.activation) {
+    case Activation::none: return;  // dropout's backward is its forward
+    case Activation::gelu: return backward<T, Gelu>(a, tile, bits, sums);
+    case Activation::gelu_tanh: return backward<T, GeluTanh>(a, tile, bits, sums);
+    case Activation::relu: return backward<T, Relu>(a, tile, bits, sums);
+    case Activation::silu: return backward<T, Silu>(a, tile, bits, sums);
+  }
+}
+
+void forward_tile(const Elementwise& a, const Tile& tile, uint16_t* bits) {
+  switch (a.x.type) {
+    case Type::float32: return forward_of<float>(a, tile, bits);
+    case Type::float16: return forward_of<Half>(a, tile, bits);
+    case Type::bfloat16: return forward_of<BFloat16>(a, tile, bits);
+  }
+}
+
+void backward_tile(const Elementwise& a, const Tile& tile, uint16_t* bits, float* sums) {
+  switch (a.x.type) {
+    case Type::float32: return backward_of<float>(a, tile, bits, sums);
+    case Type::float16: return backward_of<Half>(a, tile, bits, sums);
+    case Type::bfloat16: return backward_of<BFloat16>(a, tile, bits, sums);
+  }
+}
+
+}  // namespace
+
+extern const ElementwiseKernels FUSEDFORMER_NAME(elementwise_kernels) = {forward_tile, backward_tile};
+
+}  // namespace fusedformer

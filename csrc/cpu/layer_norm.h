@@ -1,0 +1,44 @@
+// The kernels of dropout + add + layer norm, for one chunk of rows; kernels/layer_norm.py has the
+// contract, kernels/reference.py the formulas.
+#pragma once
+
+#include "rows.h"
+
+namespace fusedformer {
+
+struct NormForward {
+  Matrix x, residual, y, z;  // residual and z may be missing
+  Type z_type;
+  const float* weight;  // (width,)
+  const float* bias;
+  float* mean;  // (rows,), or missing: RMS norm
+  float* rstd;  // (rows,)
+  int64_t width;
+  Dropout dropout;
+  float eps;
+  bool stream;  // y and z are too large to be found in a cache again
+};
+
+struct NormBackward {
+  Matrix source, residual, grad_y, grad_z, grad_x, grad_residual;  // all but the first may be missing
+  Type z_type;
+  bool prenorm;  // source is z, else x
+  const float* weight;
+  const float* mean;
+  const float* rstd;
+  int64_t width;
+  Dropout dropout;
+  bool stream;
+};
+
+struct NormKernels {
+  // row: (width,) floats; bits: mask_room(calls).
+  void (*forward)(const NormForward&, int64_t first, int64_t last, float* row, uint16_t* bits);
+  // weight_sums, bias_sums: (width,), of these rows; missing where not wanted.
+  void (*backward)(const NormBackward&, int64_t first, int64_t last, float* row, uint16_t* bits,
+                   float* weight_sums, float* bias_sums);
+};
+
+FUSEDFORMER_TABLE(NormKernels, norm_kernels);
+
+}  // namespace fusedformer

@@ -1,0 +1,165 @@
+// Dropout + add + layer norm. A row is read from memory once and kept in a buffer of floats in the
+// cache for the passes that follow: the mean, the variance about it, the result.
+#include "layer_norm.h"
+
+#include "row_mask.h"
+
+namespace fusedformer {
+namespace {
+
+// z = residual + dropout(x) of 16 columns, as it is after rounding to its dtype.
+template <class X, class Z, class N>
+inline Floats made_z(const X* x, const Z* residual, const uint16_t* bits, const Floats& scale,
+                     int64_t column, N n) {
+  Floats z = load(x + column, n);
+  if (bits) z = dropped(z, bits[column / kLanes], scale);
+  if (residual) z = z + load(residual + column, n);
+  return as_stored(z, static_cast<Z*>(nullptr));
+}
+
+template <class X, class Z>
+void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, uint16_t* bits) {
+  const int64_t width = a.width;
+  const float inverse_width = 1.0f / static_cast<float>(width);
+  const Floats scale = splat(a.dropout.scale);
+  Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, bits);
+  for (int64_t row = first; row < last; ++row) {
+    const X* x = row_of<X>(a.x, row);
+    const Z* residual = a.residual.data ? row_of<Z>(a.residual, row) : nullptr;
+    Z* z_out = a.z.data ? row_to<Z>(a.z, row) : nullptr;
+    X* y = row_to<X>(a.y, row);
+    const uint16_t* keep = masks.of(row);
+    const bool past_caches = a.stream;
+    const int64_t ahead = a.stream ? a.x.stride : 0;
+
+    float mean = 0.0f;
+    Sums sums;
+    const bool rms = !a.mean;
+    for_columns(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+      if (ahead) __builtin_prefetch(x + ahead + column);
+      const Floats z = made_z(x, residual, keep, scale, column, n);
+      store(buffer + column, z, n);
+      if (z_out) put(z_out + column, z, n, past_caches);
+      sums.v[u] = rms ? fma(inside(z, n), z, sums.v[u]) : sums.v[u] + inside(z, n);
+    });
+    float squares = sums.total();
+    if (!rms) {
+      mean = squares * inverse_width;
+      const Floats centre = splat(mean);
+      Sums more;
+      for_columns(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+        const Floats d = inside(load(buffer + column, n) - centre, n);
+        more.v[u] = fma(d, d, more.v[u]);
+      });
+      squares = more.total();
+      a.mean[row] = mean;
+    }
+    const float rstd = 1.0f / sqrtf(squares * inverse_width + a.eps);
+    a.rstd[row] = rstd;
+    const Floats centre = splat(mean), factor = splat(rstd);
+    for_columns(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+      const Floats normed = (load(buffer + column, n) - centre) * factor;
+      const Floats weight = load(a.weight + column, n), bias = load(a.bias + column, n);
+      put(y + column, fma(normed, weight, bias), n, past_caches);
+    });
+  }
+  if (a.stream) fence();
+}
+
+template <class X, class Z>
+void backward(const NormBackward& a, int64_t first, int64_t last, float* buffer, uint16_t* bits,
+              float* weight_sums, float* bias_sums) {
+  const int64_t width = a.width;
+  const float inverse_width = 1.0f / static_cast<float>(width);
+  const Floats scale = splat(a.dropout.scale);
+  Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, bits);
+  for (int64_t row = first; row < last; ++row) {
+    const Z* residual = a.residual.data ? row_of<Z>(a.residual, row) : nullptr;
+    const X* grad_y = row_of<X>(a.grad_y, row);
+    const Z* grad_z = a.grad_z.data ? row_of<Z>(a.grad_z, row) : nullptr;
+    X* grad_x = row_to<X>(a.grad_x, row);
+    Z* grad_residual = a.grad_residual.data ? row_to<Z>(a.grad_residual, row) : nullptr;
+    const uint16_t* keep = masks.of(row);
+    const bool past_caches = a.stream;
+    const bool rms = !a.mean;
+    const Floats centre = splat(rms ? 0.0f : a.mean[row]), rstd = splat(a.rstd[row]);
+
+    Sums sums, products;
+    for_columns(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+      const Floats z = a.prenorm ? load(row_of<Z>(a.source, row) + column, n)
+                                 : made_z(row_of<X>(a.source, row), residual, keep, scale, column, n);
+      const Floats normed = inside((z - centre) * rstd, n);
+      store(buffer + column, normed, n);
+      const Floats upstream = load(grad_y + column, n);
+      if (weight_sums) {
+        float* at = weight_sums + column;
+        store(at, fma(upstream, normed, load(at, n)), n);
+      }
+      if (bias_sums) {
+        float* at = bias_sums + column;
+        store(at, upstream + load(at, n), n);
+      }
+      const Floats grad = upstream * load(a.weight + column, n);
+      sums.v[u] = sums.v[u] + grad;
+      products.v[u] = fma(grad, normed, products.v[u]);
+    });
+    const Floats along = splat(products.total() * inverse_width);
+    const Floats shift = splat(rms ? 0.0f : sums.total() * inverse_width);
+    for_columns(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+      const Floats upstream = load(grad_y + column, n) * load(a.weight + column, n);
+      Floats grad = fnma(load(buffer + column, n), along, upstream - shift) * rstd;
+      if (grad_z) grad = grad + load(grad_z + column, n);
+      if (grad_residual) put(grad_residual + column, grad, n, past_caches);
+      if (keep) grad = dropped(grad, keep[column / kLanes], scale);
+      put(grad_x + column, grad, n, past_caches);
+    });
+  }
+  if (a.stream) fence();
+}
+
+// --- By dtype ------------------------------------------------------------------------------------
+
+template <class X, class... Args>
+void forward_of(Type z, const Args&... args) {
+  if (z == Type::float32)
+    forward<X, float>(args...);
+  else if (z == Type::float16)
+    forward<X, Half>(args...);
+  else
+    forward<X, BFloat16>(args...);
+}
+
+template <class X, class... Args>
+void backward_of(Type z, const Args&... args) {
+  if (z == Type::float32)
+    backward<X, float>(args...);
+  else if (z == Type::float16)
+    backward<X, Half>(args...);
+  else
+    backward<X, BFloat16>(args...);
+}
+
+void forward_rows(const NormForward& a, int64_t first, int64_t last, float* row, uint16_t* bits) {
+  if (a.x.type == Type::float32)
+    forward_of<float>(a.z_type, a, first, last, row, bits);
+  else if (a.x.type == Type::float16)
+    forward_of<Half>(a.z_type, a, first, last, row, bits);
+  else
+    forward_of<BFloat16>(a.z_type, a, first, last, row, bits);
+}
+
+void backward_rows(const NormBackward& a, int64_t first, int64_t last, float* row, uint16_t* bits,
+                   float* weight_sums, float* bias_sums) {
+  if (a.grad_y.type == Type::float32)
+    backward_of<float>(a.z_type, a, first, last, row, bits, weight_sums, bias_sums);
+  else if (a.grad_y.type == Type::float16)
+    backward_of<Half>(a.z_type, a, first, last, row, bits, weight_sums, bias_sums);
+  else
+    backward_of<BFloat16>(a.z_type, a, first, last, row, bits, weight_sums, bias_sums);
+}
+
+}  // namespace
+
+extern const NormKernels FUSEDFORMER_NAME(norm_kernels) = {forward_rows, backward_rows};
+
+}  // namespace fusedformer

@@ -1,0 +1,89 @@
+// 16 lanes of float32, whatever the instruction set: one AVX-512 register, two of AVX2, or four
+// vectors of what the baseline has. The row kernels are written once, on these.
+//
+// 16 because a call of the random-number contract decides 16 neighbouring columns. Sums are added
+// in the same order everywhere, so results differ between instruction sets by fused products alone.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace fusedformer {
+namespace {
+
+constexpr int kLanes = 16;
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// How many lanes of a load or store lie inside the row: all, or the first few.
+struct Whole {};
+struct Part {
+  int lanes;
+};
+
+}  // namespace
+}  // namespace fusedformer
+
+// Floats and Mask; splat, + - * /, fma (a b + c), fnma (c - a b), max and min (the second operand
+// where either is a NaN), abs, greater, select, lanes (a Mask of 16 bits), round_even,
+// scale_by_power (a 2^n, n whole), sum, largest; load and store of float, Half and BFloat16, stream
+// (a store past the caches), as_stored (what a load would give of a store), fence.
+#if defined(__AVX512F__)
+#include "row_simd_avx512.h"
+#elif defined(__AVX2__)
+#include "row_simd_avx2.h"
+#else
+#include "row_simd_portable.h"
+#endif
+
+namespace fusedformer {
+namespace {
+
+// Stores whole vectors past the caches if asked.
+template <class T>
+inline void put(T* p, const Floats& a, Whole n, bool past_caches) {
+  if (past_caches)
+    stream(p, a);
+  else
+    store(p, a, n);
+}
+template <class T>
+inline void put(T* p, const Floats& a, Part n, bool) {
+  store(p, a, n);
+}
+
+// What lies past the end of a row counts as 0 in a sum, as -infinity in a maximum.
+inline Floats inside(const Floats& a, Whole, float = 0.0f) { return a; }
+inline Floats inside(const Floats& a, Part part, float outside = 0.0f) {
+  return select(lanes(static_cast<uint16_t>((1u << part.lanes) - 1)), a, splat(outside));
+}
+
+// body(column, u, Whole or Part) for every 16 columns of a row; u is 0 or 1 in turn, known when
+// compiled: two accumulators hide most of the time that one sum takes.
+template <class Body>
+inline __attribute__((always_inline)) void for_columns(int64_t width, Body body) {
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= width; column += 2 * kLanes) {
+    body(column, 0, Whole{});
+    body(column + kLanes, 1, Whole{});
+  }
+  for (; column < width; column += kLanes) {
+    const int64_t left = width - column;
+    body(column, 0, Part{left < kLanes ? static_cast<int>(left) : kLanes});
+  }
+}
+
+// Two accumulators.
+struct Sums {
+  Floats v[2] = {splat(0.0f), splat(0.0f)};
+  float total() const { return sum(v[0] + v[1]); }
+};
+
+}  // namespace
+}  // namespace fusedformer
