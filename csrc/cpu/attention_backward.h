@@ -121,6 +121,7 @@ void prepare(const Attention& p, const AttentionGrads& g, int64_t b, int64_t h, 
   Pack<Math>::steps(p.dtype, grad_out, g.grad_out.row, n, p.dim, t.grad_out_steps, width);
 
   const int64_t at = (b * p.heads + h) * p.n_queries + first;
+  fill(t.grad_query, p.dim * TILE, 0);
   fill(t.lse, TILE, LSE_OF_NOTHING);
   fill(t.shift, TILE, 0);
   for (int i = 0; i < n; ++i) {
@@ -253,7 +254,7 @@ void pack_block(const Attention& p, int64_t b, int64_t h, int64_t first, int n,
 template <class Math>
 void score_grads_tile(const Attention& p, const QueryTile& t, const Scores& scores, int vectors,
                       BackwardScratch& s) {
-  each_strip<COLUMNS>(0, vectors, [&](auto size, int v) FUSEDFORMER_LAMBDA {
+  each_panel(vectors, [&](auto size, int v) FUSEDFORMER_LAMBDA {
     constexpr int C = decltype(size)::value;
     score_grads<Math, C>(
         p, t, scores, v, [&](int row, auto& weights, auto& grads) FUSEDFORMER_LAMBDA {
@@ -273,10 +274,10 @@ void key_value_grads(const Attention& p, const QueryTile& t, const Scores& score
   score_grads_tile<Math>(p, t, scores, vectors, s);
   const int steps = vectors * LANES / PER;
   const ptrdiff_t stride = sizeof(float) * TILE / PER;
-  product<Math, Into::added>(scores.rows, steps, width / LANES,
+  product<Math, false>(scores.rows, steps, width / LANES,
                              StepsInRows{reinterpret_cast<char*>(s.weights), stride},
                              t.grad_out_steps, width, s.grad_value, width);
-  product<Math, Into::added>(scores.rows, steps, width / LANES,
+  product<Math, false>(scores.rows, steps, width / LANES,
                              StepsInRows{reinterpret_cast<char*>(s.grads), stride}, t.query_steps,
                              width, s.grad_key, width);
 }
@@ -289,12 +290,8 @@ void query_grads(const Attention& p, const AttentionGrads& g, const QueryTile& t
   const int steps = (rows + Math::PER_WORD - 1) / Math::PER_WORD;
   const RowsInSteps keys = {reinterpret_cast<char*>(s.key_steps), 4 * rounded_up(p.dim, LANES)};
   const float* grads = Math::PER_WORD == 1 ? s.grads : s.grad_steps;
-  if (block == 0) {
-    product<Math, Into::fresh>(p.dim, steps, vectors, keys, grads, TILE, t.grad_query, TILE);
-  } else {
-    attention_wait(done, static_cast<int>(block));
-    product<Math, Into::added>(p.dim, steps, vectors, keys, grads, TILE, t.grad_query, TILE);
-  }
+  attention_wait(done, static_cast<int>(block));
+  product<Math, false>(p.dim, steps, vectors, keys, grads, TILE, t.grad_query, TILE);
   if ((block + 1) * BLOCK >= p.key_end(b, tile))
     store_columns(t.grad_query, p.scale, queries, p.dim, s.rows, p.dtype,
                   g.grad_query.at(b, h, tile * TILE), g.grad_query.row);

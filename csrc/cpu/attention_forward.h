@@ -179,7 +179,7 @@ void attend(const Attention& p, QueryState& state, const KeyBlock& block, int ro
   else
     exponentials<Math, false, C>(rows, s.scores, factor, v, maximum, sum, kept, s.weights);
   FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) store(state.sum + (v + c) * LANES, sum[c]);
-  product<Math, Into::scaled>(p.dim, (rows + Math::PER_WORD - 1) / Math::PER_WORD, C, block.values,
+  product<Math, true>(p.dim, (rows + Math::PER_WORD - 1) / Math::PER_WORD, C, block.values,
                               s.weights + v * LANES, TILE, state.out + v * LANES, TILE,
                               rescale + v * LANES);
 }
@@ -197,7 +197,7 @@ void attend_block(const Attention& p, int64_t b, int64_t h, QueryState& state,
     kept_block(p, b, h, state.first, state.n, block.first, rows, s.kept);
     kept = s.kept;
   }
-  each_strip<COLUMNS>(0, (state.n + LANES - 1) / LANES, [&](auto width, int v) {
+  each_panel((state.n + LANES - 1) / LANES, [&](auto width, int v) {
     attend<Math, decltype(width)::value>(p, state, block, rows, bias, kept, s, v);
   });
 }

@@ -121,14 +121,11 @@ constexpr int rows_of() {
   return C == 1 ? 8 : ROWS;
 }
 
-// C (rows x vectors) = factor C + A B, where the factor is a vector for each column of vectors; or
-// 1, or 0: C is then not read.
-enum class Into { scaled, added, fresh };
-
-template <class Math, Into into, class A>
+// C (rows x vectors) += A B; if SCALED, C is first multiplied by a factor for each column.
+template <class Math, bool SCALED, class A>
 FUSEDFORMER_APART void product(int rows, int steps, int vectors, A a, const float* b, ptrdiff_t b_stride, float* c,
              ptrdiff_t c_stride, const float* factors = nullptr) {
-  each_strip<COLUMNS>(0, vectors, [&](auto width, int v) FUSEDFORMER_LAMBDA {
+  each_panel(vectors, [&](auto width, int v) FUSEDFORMER_LAMBDA {
     constexpr int C = decltype(width)::value;
     each_strip<rows_of<C>()>(0, rows, [&](auto height, int row) FUSEDFORMER_LAMBDA {
       constexpr int R = decltype(height)::value;
@@ -138,11 +135,10 @@ FUSEDFORMER_APART void product(int rows, int steps, int vectors, A a, const floa
             FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
               FUSEDFORMER_UNROLL for (int k = 0; k < C; ++k) {
                 float* at = to + r * c_stride + k * LANES;
-                Vec sum = sums[r][k];
-                if constexpr (into == Into::added) sum = add(load(at), sum);
-                if constexpr (into == Into::scaled)
-                  sum = fma(load(at), load(factors + (v + k) * LANES), sum);
-                store(at, sum);
+                if constexpr (SCALED)
+                  store(at, fma(load(at), load(factors + (v + k) * LANES), sums[r][k]));
+                else
+                  store(at, add(load(at), sums[r][k]));
               }
           });
     });

@@ -35,11 +35,20 @@ struct Int {
   static constexpr int value = N;
 };
 
-// body(Int<N>, at) for as many strips of N from `at` to `end` as fit, then for shorter ones.
+// body(Int<N>, at) for as many strips of N from `at` to `end` as fit, then for strips of 2 and of 1:
+// each length is code of its own.
 template <int N, class Body>
 FUSEDFORMER_INLINE void each_strip(int at, int end, Body&& body) {
   for (; at + N <= end; at += N) body(Int<N>{}, at);
-  if constexpr (N > 1) each_strip<N / 2>(at, end, body);
+  if constexpr (N > 1) each_strip<(N > 2 ? 2 : 1)>(at, end, body);
+}
+
+// The same for vectors side by side: COLUMNS, then one by one.
+template <class Body>
+FUSEDFORMER_INLINE void each_panel(int end, Body&& body) {
+  int at = 0;
+  for (; at + COLUMNS <= end; at += COLUMNS) body(Int<COLUMNS>{}, at);
+  for (; at < end; ++at) body(Int<1>{}, at);
 }
 
 constexpr int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
