@@ -309,6 +309,18 @@ def test_large_negative_additive_values_hide(backend, value):
     assert not out[:, :, 3].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_of_zero_is_the_mean(backend):
+    query, key, value = (t.requires_grad_() for t in _inputs(1, 2, 20, 16))
+    out = attention(query, key, value, scale=0.0, causal=True, backend=backend)
+    count = torch.arange(1.0, 21)[:, None]
+    torch.testing.assert_close(out, value.cumsum(2) / count, atol=1e-6, rtol=1e-5)
+    grads = torch.autograd.grad(out.square().sum(), (query, key, value))
+    assert not grads[0].any()
+    assert not grads[1].any()
+    assert grads[2].isfinite().all()
+
+
 # --- scaled_dot_product_attention -----------------------------------------------------------------
 
 
