@@ -15,6 +15,7 @@ import fusedformer
 # subcommand -> its module, and what --help says of it
 COMMANDS = {
     "aot": ("fusedformer.aot", "compile every GPU kernel without a GPU, and hold it to budgets"),
+    "build": ("fusedformer.build", "compile the C++ kernels ahead of their first use"),
     "doctor": ("fusedformer.doctor", "say what each op runs on here, and why not on the rest"),
     "profile": ("fusedformer.benchmarks.profile", "measure how an op's cost grows with its sizes"),
 }

@@ -32,6 +32,7 @@ def examine() -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": _versions(),
+        "native": _native(),
         "devices": devices,
         "ops": [_op(op, device["name"]) for device in devices for op in dispatch.OPS],
     }
@@ -57,6 +58,12 @@ def _versions() -> dict[str, Any]:
         "os": platform.platform(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _native() -> dict[str, str | None]:
+    """The C++ library of the CPU backend (built, if it is not), or why there is none."""
+    module = dispatch.load("cpu", next(iter(dispatch.OPS)))
+    return {"library": None, "error": "it cannot be imported"} if module is None else module.about()
 
 
 def _cpu_model() -> str:
@@ -131,6 +138,7 @@ def text(report: dict[str, Any]) -> str:
         f"python      {versions['python']} on {versions['machine']}",
         f"torch       {versions['torch']} ({built_for})",
         f"triton      {triton}",
+        *_wrapped(f"native      {_native_text(report['native'])}", ""),
     ]
     for device in report["devices"]:
         lines += ["", f"{device['name']}: {device['model']} ({device['capability']})"]
@@ -150,6 +158,12 @@ def text(report: dict[str, Any]) -> str:
     for what, error in errors.items():
         lines += ["", f"import of {what} failed:", error.rstrip()]
     return "\n".join(lines)
+
+
+def _native_text(native: dict[str, str | None]) -> str:
+    if native["library"] is None:
+        return f"none ({native['error']})"
+    return f"{native['instruction_set']}, by {native['compiler']}: {native['library']}"
 
 
 def _verdicts(row: dict[str, Any]) -> list[str]:

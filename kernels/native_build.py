@@ -48,10 +48,12 @@ FLAGS = [
 
 # Of the files *_kernels.cpp, which are compiled once for each; csrc/cpu/isa.h has the conventions.
 # Options like a residual are asked for inside loops, where they are foreseen; a loop for each of
-# their combinations would take minutes to compile. (g++ 12's AVX-512 headers warn of themselves.)
+# their combinations would take minutes to compile. Neighbouring masks stay apart: g++ would put
+# them together in a vector, one by one. (Its AVX-512 headers, in version 12, warn of themselves.)
 # A product is fused with a sum only where a kernel says so: what must cancel exactly, does.
 KERNEL_FLAGS = [
     *("-fno-exceptions", "-fno-rtti", "-fno-unswitch-loops", "-ffp-contract=off"),
+    "-fno-tree-slp-vectorize",
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
@@ -64,7 +66,6 @@ X86_ISAS = {
 }
 
 RETRY_SECONDS = 24 * 3600
-SLOW_SECONDS = 1.0  # a build that takes longer says so
 
 
 class BuildError(RuntimeError):
@@ -218,12 +219,12 @@ def _say(text: str) -> None:
     print(f"fusedformer: {text}", file=sys.stderr, flush=True)
 
 
-def build(*, again: bool = False, verbose: bool = False) -> Path:
+def build(*, again: bool = False, retry: bool = False) -> Path:
     """The library, from the cache or built into it.
 
     Args:
-        again: compile even if it is there, or failed lately.
-        verbose: say where it is built.
+        again: compile even if it is there.
+        retry: compile even if that failed lately.
 
     Raises:
         BuildError: it cannot be built; the message is one line.
@@ -233,29 +234,29 @@ def build(*, again: bool = False, verbose: bool = False) -> Path:
     compiler = find_compiler()
     cache = cache_folder()
     stem = f"cpu-{_key(compiler)}"
-    library, log = cache / f"{stem}.so", cache / f"{stem}.log"
+    library = cache / f"{stem}.so"
     if library.is_file() and not again:
         return library
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{stem}.lock"):
-            if again:
-                log.unlink(missing_ok=True)
-            elif library.is_file():  # another process has built it meanwhile
-                return library
-            _build_locked(compiler, cache, stem, library, log)
+            if again or not library.is_file():  # else another process has built it meanwhile
+                _build_locked(compiler, library, again or retry)
     except OSError as error:
         raise BuildError(f"the cache cannot be written ({error})") from error
     return library
 
 
-def _build_locked(compiler: Compiler, cache: Path, stem: str, library: Path, log: Path) -> None:
-    if log.is_file() and 0 <= time.time() - log.stat().st_mtime < RETRY_SECONDS:
+def _build_locked(compiler: Compiler, library: Path, retry: bool) -> None:
+    log = library.with_suffix(".log")
+    if not retry and log.is_file() and 0 <= time.time() - log.stat().st_mtime < RETRY_SECONDS:
         raise BuildError(f"its compile failed lately (see {log}; `fusedformer build` tries again)")
-    for left_over in cache.glob(f"{stem}.building-*"):  # by a build that was killed
+    for left_over in library.parent.glob(
+        f"{library.stem}.building-*"
+    ):  # by a build that was killed
         shutil.rmtree(left_over, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{stem}.building-", dir=cache))
-    _say(f"building the CPU kernels, once, into {cache}")
+    folder = Path(tempfile.mkdtemp(prefix=f"{library.stem}.building-", dir=library.parent))
+    _say(f"building the CPU kernels, once, into {library.parent}")
     start = time.monotonic()
     try:
         fine, said, built = _compile(compiler, folder)
@@ -263,6 +264,7 @@ def _build_locked(compiler: Compiler, cache: Path, stem: str, library: Path, log
             log.write_text(said)
             raise BuildError(f"its compile failed (see {log})")
         built.replace(library)
+        log.unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     _say(f"built the CPU kernels in {time.monotonic() - start:.0f} s")

@@ -44,7 +44,8 @@ def group(module: str) -> str:
     if first != "kernels":
         # aot looks at what launchers would launch, so it has to know the Triton backend.
         first = "aot" if first.startswith("aot") else first
-        own = ("transformer", "benchmarks", "aot")
+        # The command `build` is the one caller of the builder beside the backend.
+        own = ("transformer", "benchmarks", "aot", "build")
         return first if first in own else "package"
     if name in ("dispatch", "reference", "triton", "native"):
         return name

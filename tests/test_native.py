@@ -23,6 +23,7 @@ ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Each instruction set that this CPU has, forced."""
+    assert native.library()[1] is None
     ops = torch.ops.fusedformer_native
     if request.param not in ops.isas().split():
         pytest.skip(f"this CPU has no {request.param}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fusedformer import cli
 from fusedformer.kernels import native_build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ import sys, pathlib
 from fusedformer.kernels import native_build
 native_build.SOURCES = pathlib.Path(sys.argv[1])
 try:
-    print("path", native_build.build(again="again" in sys.argv))
+    print("path", native_build.build(again="again" in sys.argv, retry="retry" in sys.argv))
 except native_build.BuildError as error:
     print("error", error)
 """
@@ -104,7 +105,10 @@ def test_without_ninja(small):
 def test_sources_and_flags_make_another_library(small):
     sources, env = small
     first = finish(start(SMALL, sources, env=env))[1]
-    assert finish(start(SMALL, sources, env=env)) == ("path", first, "")
+    assert finish(start(SMALL, sources, "retry", env=env)) == ("path", first, "")
+    verdict, again, err = finish(start(SMALL, sources, "again", env=env))
+    assert (verdict, again) == ("path", first)
+    assert "building" in err
     (sources / "cpu/more.h").write_text("")
     second = finish(start(SMALL, sources, env=env))[1]
     code = SMALL.replace("try:", "native_build.FLAGS.append('-DMORE')\ntry:")
@@ -149,9 +153,21 @@ def test_a_failed_compile(small, tmp_path):
     assert "lately" in said
     assert "fusedformer build" in said
     assert "building" not in err
-    assert "building" in finish(start(SMALL, sources, "again", env=env))[2]
+    assert "building" in finish(start(SMALL, sources, "retry", env=env))[2]
     os.utime(log, (0, 0))
     assert "building" in finish(start(SMALL, sources, env=env))[2]
+
+
+def test_the_command(small, monkeypatch, capsys):
+    sources, env = small
+    monkeypatch.setattr(native_build, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", env["XDG_CACHE_HOME"])
+    assert cli.main(["build"]) == 0
+    assert answers(capsys.readouterr().out.strip())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cli.main(["build"]) == 2
+    said = "fusedformer build: no C++ compiler found (looked for no-such-compiler on the PATH)\n"
+    assert capsys.readouterr().err == said
 
 
 # What a user meets: each op runs, on the reference, and the reason is there for who asks.

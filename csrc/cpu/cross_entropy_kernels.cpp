@@ -25,13 +25,13 @@ void forward(const CrossEntropy& a, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const T* x = static_cast<const T*>(a.logits.data) + row * a.logits.stride;
     Floats highest[2] = {splat(-INFINITY), splat(-INFINITY)};
-    for_columns(a.classes, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+    for_columns<2>(a.classes, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
       highest[u] = max(highest[u], inside(load(x + column, n), n, -INFINITY));
     });
     const float top = largest(max(highest[0], highest[1]));
     const Floats centre = splat(top);
-    Sums sums, distances;
-    for_columns(a.classes, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+    Sums<2> sums, distances;
+    for_columns<2>(a.classes, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
       const Floats below = load(x + column, n) - centre;
       sums.v[u] = sums.v[u] + inside(exp(below), n);
       if (a.uniform > 0.0f) {
@@ -66,7 +66,7 @@ void backward(const CrossEntropy& a, int64_t first, int64_t last) {
     const Target kind = target_of(a, row, target);
     if (kind != Target::good) {
       const Floats all = splat(kind == Target::bad ? NAN : 0.0f);
-      for_columns(a.classes, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+      for_columns<2>(a.classes, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
         store(grad + column, all, n);
       });
       continue;
@@ -81,7 +81,7 @@ void backward(const CrossEntropy& a, int64_t first, int64_t last) {
     };
     // Before the loop, which may write over the logits.
     const Floats at_target = gradient(target, Part{1}) - splat(hit);
-    for_columns(a.classes, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+    for_columns<2>(a.classes, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
       store(grad + column, gradient(column, n) * factor, n);
     });
     store(grad + target, at_target * factor, Part{1});

@@ -21,6 +21,9 @@ template <class X, class Z>
 void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, uint16_t* bits) {
   const int64_t width = a.width;
   const float inverse_width = 1.0f / static_cast<float>(width);
+  const float *weight = a.weight, *bias = a.bias;
+  const bool past_caches = a.stream;
+  const int64_t ahead = a.stream ? a.x.stride : 0;
   const Floats scale = splat(a.dropout.scale);
   Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, bits);
   for (int64_t row = first; row < last; ++row) {
@@ -29,38 +32,38 @@ void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, u
     Z* z_out = a.z.data ? row_to<Z>(a.z, row) : nullptr;
     X* y = row_to<X>(a.y, row);
     const uint16_t* keep = masks.of(row);
-    const bool past_caches = a.stream;
-    const int64_t ahead = a.stream ? a.x.stride : 0;
 
-    float mean = 0.0f;
-    Sums sums;
-    const bool rms = !a.mean;
-    for_columns(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+    // The sum of squares is RMS norm's; layer norm's are those about the mean.
+    Sums<2> sums, squares;
+    for_columns<2>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
       if (ahead) __builtin_prefetch(x + ahead + column);
       const Floats z = made_z(x, residual, keep, scale, column, n);
       store(buffer + column, z, n);
       if (z_out) put(z_out + column, z, n, past_caches);
-      sums.v[u] = rms ? fma(inside(z, n), z, sums.v[u]) : sums.v[u] + inside(z, n);
+      const Floats addend = inside(z, n);
+      sums.v[u] = sums.v[u] + addend;
+      squares.v[u] = fma(addend, addend, squares.v[u]);
     });
-    float squares = sums.total();
-    if (!rms) {
-      mean = squares * inverse_width;
+    float mean = 0.0f, variance = squares.total() * inverse_width;
+    if (a.mean) {
+      mean = sums.total() * inverse_width;
+      masks.prepare(row + 1);
       const Floats centre = splat(mean);
-      Sums more;
-      for_columns(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+      Sums<4> about_mean;
+      for_columns<4>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
         const Floats d = inside(load(buffer + column, n) - centre, n);
-        more.v[u] = fma(d, d, more.v[u]);
+        about_mean.v[u] = fma(d, d, about_mean.v[u]);
       });
-      squares = more.total();
+      variance = about_mean.total() * inverse_width;
       a.mean[row] = mean;
     }
-    const float rstd = 1.0f / sqrtf(squares * inverse_width + a.eps);
+    const float rstd = 1.0f / sqrtf(variance + a.eps);
     a.rstd[row] = rstd;
     const Floats centre = splat(mean), factor = splat(rstd);
-    for_columns(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+    for_columns<2>(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
       const Floats normed = (load(buffer + column, n) - centre) * factor;
-      const Floats weight = load(a.weight + column, n), bias = load(a.bias + column, n);
-      put(y + column, fma(normed, weight, bias), n, past_caches);
+      const Floats out = fma(normed, load(weight + column, n), load(bias + column, n));
+      put(y + column, out, n, past_caches);
     });
   }
   if (a.stream) fence();
@@ -71,23 +74,25 @@ void backward(const NormBackward& a, int64_t first, int64_t last, float* buffer,
               float* weight_sums, float* bias_sums) {
   const int64_t width = a.width;
   const float inverse_width = 1.0f / static_cast<float>(width);
+  const float* weight = a.weight;
+  const bool past_caches = a.stream, prenorm = a.prenorm;
   const Floats scale = splat(a.dropout.scale);
   Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, bits);
   for (int64_t row = first; row < last; ++row) {
+    const X* x = row_of<X>(a.source, row);
+    const Z* z_in = row_of<Z>(a.source, row);
     const Z* residual = a.residual.data ? row_of<Z>(a.residual, row) : nullptr;
     const X* grad_y = row_of<X>(a.grad_y, row);
     const Z* grad_z = a.grad_z.data ? row_of<Z>(a.grad_z, row) : nullptr;
     X* grad_x = row_to<X>(a.grad_x, row);
     Z* grad_residual = a.grad_residual.data ? row_to<Z>(a.grad_residual, row) : nullptr;
     const uint16_t* keep = masks.of(row);
-    const bool past_caches = a.stream;
-    const bool rms = !a.mean;
-    const Floats centre = splat(rms ? 0.0f : a.mean[row]), rstd = splat(a.rstd[row]);
+    const Floats centre = splat(a.mean ? a.mean[row] : 0.0f), rstd = splat(a.rstd[row]);
 
-    Sums sums, products;
-    for_columns(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
-      const Floats z = a.prenorm ? load(row_of<Z>(a.source, row) + column, n)
-                                 : made_z(row_of<X>(a.source, row), residual, keep, scale, column, n);
+    Sums<2> sums, products;
+    for_columns<2>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+      const Floats z = prenorm ? load(z_in + column, n)
+                               : made_z(x, residual, keep, scale, column, n);
       const Floats normed = inside((z - centre) * rstd, n);
       store(buffer + column, normed, n);
       const Floats upstream = load(grad_y + column, n);
@@ -99,14 +104,15 @@ void backward(const NormBackward& a, int64_t first, int64_t last, float* buffer,
         float* at = bias_sums + column;
         store(at, upstream + load(at, n), n);
       }
-      const Floats grad = upstream * load(a.weight + column, n);
+      const Floats grad = upstream * load(weight + column, n);
       sums.v[u] = sums.v[u] + grad;
       products.v[u] = fma(grad, normed, products.v[u]);
     });
+    masks.prepare(row + 1);
     const Floats along = splat(products.total() * inverse_width);
-    const Floats shift = splat(rms ? 0.0f : sums.total() * inverse_width);
-    for_columns(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
-      const Floats upstream = load(grad_y + column, n) * load(a.weight + column, n);
+    const Floats shift = splat(a.mean ? sums.total() * inverse_width : 0.0f);
+    for_columns<2>(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+      const Floats upstream = load(grad_y + column, n) * load(weight + column, n);
       Floats grad = fnma(load(buffer + column, n), along, upstream - shift) * rstd;
       if (grad_z) grad = grad + load(grad_z + column, n);
       if (grad_residual) put(grad_residual + column, grad, n, past_caches);

@@ -162,34 +162,45 @@ inline void rows_keep(uint64_t seed, uint32_t tag, uint32_t threshold, int64_t f
   }
 }
 
-// The masks of a tile's rows, which are asked for in ascending order; made for as many at a time as
-// there is room for.
+// The masks of a tile's rows, which are asked for in ascending order.
 class Masks {
  public:
   Masks(const Dropout& dropout, uint32_t tag, const Tile& tile, uint16_t* bits)
-      : dropout_(dropout), tag_(tag), tile_(tile), bits_(bits), made_(tile.first),
-        calls_((tile.until - tile.from + kLanes - 1) / kLanes) {}
+      : dropout_(dropout), tag_(tag), tile_(tile), bits_(bits),
+        calls_((tile.until - tile.from + kLanes - 1) / kLanes),
+        rows_(calls_ < kMaskCalls ? kMaskCalls / calls_ : 1), made_(tile.first) {}
 
   // 16 bits for each call of the row; missing where there is no dropout.
   const uint16_t* of(int64_t row) {
     if (!dropout_.on) return nullptr;
-    if (row >= made_) {
-      const int64_t rows = calls_ < kMaskCalls ? kMaskCalls / calls_ : 1;
-      start_ = row;
-      made_ = row + rows < tile_.last ? row + rows : tile_.last;
-      rows_keep(dropout_.seed, tag_, dropout_.threshold, start_, made_ - start_,
-                tile_.from / kLanes, calls_, bits_);
-    }
-    return bits_ + (row - start_) * calls_;
+    if (row >= made_) make(row);
+    return current() + (row - start_) * calls_;
+  }
+
+  // Makes the next row's mask, if it is not there, beside that of the row asked for last. To be
+  // called where the processor would wait for a sum.
+  void prepare(int64_t row) {
+    if (dropout_.on && row == made_ && row < tile_.last) make(row);
   }
 
  private:
+  uint16_t* current() const { return second_ ? bits_ + mask_room(calls_) / 2 : bits_; }
+
+  void make(int64_t row) {
+    second_ = !second_;
+    start_ = row;
+    made_ = row + rows_ < tile_.last ? row + rows_ : tile_.last;
+    rows_keep(dropout_.seed, tag_, dropout_.threshold, start_, made_ - start_, tile_.from / kLanes,
+              calls_, current());
+  }
+
   const Dropout& dropout_;
   const uint32_t tag_;
   const Tile tile_;
   uint16_t* const bits_;
+  const int64_t calls_, rows_;
   int64_t made_, start_ = 0;
-  const int64_t calls_;
+  bool second_ = false;
 };
 
 template <class T>

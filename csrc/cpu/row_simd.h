@@ -64,14 +64,14 @@ inline Floats inside(const Floats& a, Part part, float outside = 0.0f) {
   return select(lanes(static_cast<uint16_t>((1u << part.lanes) - 1)), a, splat(outside));
 }
 
-// body(column, u, Whole or Part) for every 16 columns of a row; u is 0 or 1 in turn, known when
-// compiled: two accumulators hide most of the time that one sum takes.
-template <class Body>
+// body(column, u, Whole or Part) for every 16 columns of a row; u is 0 to unroll - 1 in turn, known
+// when compiled: the accumulator to add to, so that a sum need not wait for the one before it.
+template <int unroll, class Body>
 inline __attribute__((always_inline)) void for_columns(int64_t width, Body body) {
   int64_t column = 0;
-  for (; column + 2 * kLanes <= width; column += 2 * kLanes) {
-    body(column, 0, Whole{});
-    body(column + kLanes, 1, Whole{});
+  for (; column + unroll * kLanes <= width; column += unroll * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; ++u) body(column + u * kLanes, u, Whole{});
   }
   for (; column < width; column += kLanes) {
     const int64_t left = width - column;
@@ -79,10 +79,18 @@ inline __attribute__((always_inline)) void for_columns(int64_t width, Body body)
   }
 }
 
-// Two accumulators.
+// Accumulators for an unrolled loop.
+template <int unroll>
 struct Sums {
-  Floats v[2] = {splat(0.0f), splat(0.0f)};
-  float total() const { return sum(v[0] + v[1]); }
+  Floats v[unroll];
+  Sums() {
+    for (Floats& each : v) each = splat(0.0f);
+  }
+  float total() const {
+    Floats all = v[0];
+    for (int u = 1; u < unroll; ++u) all = all + v[u];
+    return sum(all);
+  }
 };
 
 }  // namespace

@@ -28,9 +28,11 @@ struct Tile {
   int64_t first, last, from, until;
 };
 
-// Masks are made for so many calls at a time, and for at least one row; a scratch buffer of them
-// has mask_room(calls of a row) elements.
-constexpr int64_t kMaskCalls = 1024;
-constexpr int64_t mask_room(int64_t calls) { return (calls > kMaskCalls ? calls : kMaskCalls) + 8; }
+// Masks are made for one row at a time, or for several that together have about so many calls; a
+// buffer holds two such times and what a last vector writes beyond.
+constexpr int64_t kMaskCalls = 32;
+constexpr int64_t mask_room(int64_t calls) {
+  return 2 * ((calls > kMaskCalls ? calls : kMaskCalls) + 8);
+}
 
 }  // namespace fusedformer
