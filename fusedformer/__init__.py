@@ -12,12 +12,13 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
     __path__.append(str(_here.parent))
 
 from fusedformer.kernels.activation import bias_activation
-from fusedformer.kernels.attention import attention, scaled_dot_product_attention
+from fusedformer.kernels.attention import attention
 from fusedformer.kernels.cross_entropy import cross_entropy
 from fusedformer.kernels.dispatch import available_backends, use_backend
 from fusedformer.kernels.dropout import dropout
 from fusedformer.kernels.layer_norm import dropout_add_layer_norm, layer_norm, rms_norm
 from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
+from fusedformer.kernels.sdpa import scaled_dot_product_attention
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -331,9 +330,3 @@ def run(args: argparse.Namespace) -> int:
     broken = sum(bool(report.faults) for report in reports)
     print(f"\n{summary(reports)}\n\n{len(reports)} kernels compiled, {broken} over budget")
     return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    _parser = argparse.ArgumentParser()
-    configure(_parser)
-    sys.exit(run(_parser.parse_args()))

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
-from fusedformer.kernels.checks import check_dropout_p, check_floating, check_tensor, shape
+from fusedformer.kernels.checks import (
+    check_dropout_p,
+    check_floating,
+    check_tensor,
+    distinct,
+    shape,
+)
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -144,4 +150,5 @@ def bias_activation(
     check_dropout_p(name, dropout_p)
     seed = rng.as_seed(name, seed, x.device) if dropout_p > 0 else None
     backend = dispatch.checked(name, backend)
+    x, bias = distinct(x, bias)
     return _BiasActivation.apply(x, bias, seed, activation, float(dropout_p), backend)

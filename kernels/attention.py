@@ -17,6 +17,8 @@ from fusedformer.kernels.checks import (
     check_dropout_p,
     check_floating,
     check_tensor,
+    checked_scale,
+    distinct,
     shape,
 )
 
@@ -81,6 +83,9 @@ def _bwd(
         return (*grads, mask.new_zeros(mask.shape) if mask_grad else query.new_empty(0))
     if dropout_p == 1:
         grad_out, seed, dropout_p = torch.zeros_like(grad_out), None, 0.0
+    if grad_lse is not None:
+        # A row with nothing to attend to has no gradient, whatever merging its LSE of -inf gave.
+        grad_lse = grad_lse.masked_fill(lse == -math.inf, 0)
     args = (query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets)
     module = dispatch.pick("attention", backend, args)
     *grads, grad_mask = module.attention_bwd(grad_out, grad_lse, out, lse, *args, mask_grad)
@@ -172,24 +177,24 @@ def _check_attention(name: str, query: Tensor, key: Tensor, value: Tensor) -> No
         )
 
 
-def _checked_mask(name: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The mask as a 4-d view whose sizes are 1 where it broadcasts."""
-    check_tensor(name, "mask", mask, like=query, like_label="query", same_dtype=False)
+def _checked_mask(name: str, label: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask, an argument called label, as a 4-d view whose sizes are 1 where it broadcasts."""
+    check_tensor(name, label, mask, like=query, like_label="query", same_dtype=False)
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise TypeError(f"{name}: mask must be bool or floating point; got {mask.dtype}")
+        raise TypeError(f"{name}: {label} must be bool or floating point; got {mask.dtype}")
     if mask.dtype == torch.float64 and query.dtype != torch.float64:
-        raise TypeError(f"{name}: a float64 mask needs a float64 query; got {query.dtype}")
+        raise TypeError(f"{name}: a float64 {label} needs a float64 query; got {query.dtype}")
     wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if mask.dim() > 4 or any(
         size not in (1, full) for size, full in zip(mask.shape[::-1], wanted[::-1], strict=False)
     ):
         raise ValueError(
-            f"{name}: mask must broadcast to {wanted} (B, H, Nq, Nk); got {shape(mask)}"
+            f"{name}: {label} must broadcast to {wanted} (B, H, Nq, Nk); got {shape(mask)}"
         )
     return mask[(None,) * (4 - mask.dim())]
 
 
-def _checked_lengths(name: str, key_lengths: Tensor, query: Tensor) -> Tensor:
+def _checked_lengths(name: str, key_lengths: Tensor, query: Tensor, limit: int) -> Tensor:
     check_tensor(name, "key_lengths", key_lengths, like=query, like_label="query", same_dtype=False)
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: key_lengths must be int32 or int64; got {key_lengths.dtype}")
@@ -198,14 +203,18 @@ def _checked_lengths(name: str, key_lengths: Tensor, query: Tensor) -> Tensor:
             f"{name}: key_lengths must be ({query.shape[0]},), one for each batch element; "
             f"got {shape(key_lengths)}"
         )
+    if key_lengths.dtype == torch.int64:  # so that no bad length wraps into a good one
+        key_lengths = key_lengths.clamp(-1, limit + 1)
     return key_lengths.to(torch.int32).contiguous()
 
 
 def _checked_offsets(name: str, offsets: "tuple[int, int, int, int]") -> list[int]:
-    if len(offsets) != 4:
+    if not isinstance(offsets, (tuple, list)) or len(offsets) != 4:
         raise ValueError(
             f"{name}: offsets must be four ints (batch, head, query, key); got {offsets!r}"
         )
+    if not all(isinstance(offset, (int, torch.SymInt)) for offset in offsets):
+        raise TypeError(f"{name}: offsets must be ints; got {tuple(offsets)}")
     if any(offset < 0 for offset in offsets) or offsets[2] % 16 or offsets[3] % 16:
         raise ValueError(
             f"{name}: offsets must not be negative, and those of query and key must be multiples "
@@ -214,26 +223,37 @@ def _checked_offsets(name: str, offsets: "tuple[int, int, int, int]") -> list[in
     return list(offsets)
 
 
-def _attention(
-    name, query, key, value, mask, key_lengths, diagonal, scale, dropout_p, seed, offsets, backend
+def checked_attention(
+    name, query, key, value, mask, key_lengths, causal, scale, dropout_p, seed, offsets, backend,
+    mask_name="mask",
 ):  # fmt: skip
-    """Checks what every public function shares, then runs; returns (O, LSE)."""
+    """Checks what every public function shares, then runs; returns (O, LSE).
+
+    causal: False, "first" (query 0 sees key 0: torch's rule) or "last" (the last query sees the
+    last key; with offsets, positions decide).
+    """
     query, key, value = autocast(name, query, key, value)
     _check_attention(name, query, key, value)
     check_dropout_p(name, dropout_p)
+    positions = [0, 0, 0, 0] if offsets is None else _checked_offsets(name, offsets)
+    diagonal = 0 if causal == "first" else None
+    if causal == "last":
+        lengths = key.shape[2] - query.shape[2]
+        diagonal = lengths if offsets is None else positions[2] - positions[3]
     if mask is not None:
-        mask = _checked_mask(name, mask, query, key)
+        mask = _checked_mask(name, mask_name, mask, query, key)
     if key_lengths is not None:
-        key_lengths = _checked_lengths(name, key_lengths, query)
-    if key is query:
-        key = key.view_as(key)  # Dynamo takes no tensor twice into an autograd.Function
-    if value is query or value is key:
-        value = value.view_as(value)
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-    seed = rng.as_seed(name, seed, query.device) if dropout_p > 0 else None
+        key_lengths = _checked_lengths(name, key_lengths, query, key.shape[2])
+    scale = query.shape[3] ** -0.5 if scale is None else checked_scale(name, scale)
+    rng.check_seed(name, seed, query.device)
+    if dropout_p > 0:
+        rng.check_positions(name, (*query.shape[:3], key.shape[2]), positions)
+        seed = rng.as_seed(name, seed, query.device)
+    else:
+        seed = None
     return _Attention.apply(
-        query, key, value, mask, key_lengths, seed,
-        diagonal, scale, float(dropout_p), offsets, dispatch.checked(name, backend),
+        *distinct(query, key, value, mask), key_lengths, seed,
+        diagonal, scale, float(dropout_p), positions, dispatch.checked(name, backend),
     )  # fmt: skip
 
 
@@ -273,7 +293,7 @@ def attention(
         offsets: where (batch, head, query, key) start in the whole problem, so that a part of it
             drops exactly what the whole would; those of query and key multiples of 16.
         return_lse: also return log sum_j exp(S_ij), differentiable.
-        backend: "reference", "triton"; None chooses. One that is named runs or raises.
+        backend: "triton", "cpu" or "reference"; None chooses. One that is named runs or raises.
 
     Returns:
         O (B, H, Nq, D) of query's dtype, a view of (B, Nq, H, D) memory; with return_lse also LSE
@@ -283,85 +303,8 @@ def attention(
         ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
         RuntimeError: the backend named cannot run this call; the message says why.
     """
-    diagonal = None
-    positions = [0, 0, 0, 0]
-    if offsets is not None:
-        positions = _checked_offsets("attention", offsets)
-    if causal:
-        whole = offsets is not None
-        diagonal = positions[2] - positions[3] if whole else key.shape[-2] - query.shape[-2]
-    out, lse = _attention(
-        "attention", query, key, value, mask, key_lengths, diagonal, scale, dropout_p, seed,
-        positions, backend,
+    out, lse = checked_attention(
+        "attention", query, key, value, mask, key_lengths, "last" if causal else False, scale,
+        dropout_p, seed, offsets, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: "Tensor | None" = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: "float | None" = None,
-    enable_gqa: bool = False,
-    *,
-    backend: "str | None" = None,
-) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` on our kernels; see attention().
-
-    The arguments, their order and the causal rule are torch's: query i sees keys j <= i (top-left
-    aligned). Leading dimensions may be any number; value may have another head dimension.
-
-    Args:
-        query: (..., H, Nq, D). key: (..., Hkv, Nk, D). value: (..., Hkv, Nk, Dv).
-        attn_mask: broadcastable to (..., H, Nq, Nk), bool (True = attend) or additive.
-
-    Returns:
-        (..., H, Nq, Dv).
-
-    Raises:
-        ValueError, TypeError: as attention(); also attn_mask together with is_causal, or unlike
-            head counts without enable_gqa.
-    """
-    name = "scaled_dot_product_attention"
-    if attn_mask is not None and is_causal:
-        raise ValueError(f"{name}: attn_mask must be None when is_causal is set")
-    for label, tensor in (("query", query), ("key", key), ("value", value)):
-        check_floating(name, label, tensor)
-        if tensor.dim() < 2 or tensor.dim() != query.dim():
-            raise ValueError(
-                f"{name}: query, key and value must have the same number of dimensions, 2 or more; "
-                f"{label} is {shape(tensor)}"
-            )
-    if query.dim() > 2 and key.shape[-3] != query.shape[-3] and not enable_gqa:
-        raise ValueError(
-            f"{name}: key must have the {query.shape[-3]} heads of query unless enable_gqa is set; "
-            f"got {key.shape[-3]}"
-        )
-    lead = query.shape[:-2]
-    dim, value_dim = query.shape[-1], value.shape[-1]
-    scale = dim**-0.5 if scale is None else scale
-    if attn_mask is not None and query.dim() > 4 and attn_mask.dim() > 3:
-        # Leading dimensions are flattened into one, which the mask must then fill.
-        attn_mask = attn_mask.expand(*lead[:-1], *attn_mask.shape[-3:]).flatten(0, -4)
-    query, key, value = (_as_4d(tensor) for tensor in (query, key, value))
-    if value_dim != dim:
-        # Zero columns change neither the scores nor, cut off again, the output.
-        wide = max(dim, value_dim)
-        query, key, value = (
-            torch.nn.functional.pad(t, (0, wide - t.shape[-1])) for t in (query, key, value)
-        )
-    out, _ = _attention(
-        name, query, key, value, attn_mask, None, 0 if is_causal else None, scale, dropout_p, None,
-        [0, 0, 0, 0], backend,
-    )  # fmt: skip
-    return out[..., :value_dim].reshape(*lead, *out.shape[-2:-1], value_dim)
-
-
-def _as_4d(tensor: Tensor) -> Tensor:
-    """(..., H, N, D) as (B, H, N, D)."""
-    if tensor.dim() > 4:
-        return tensor.flatten(0, -4)
-    return tensor[(None,) * (4 - tensor.dim())]

@@ -1,5 +1,8 @@
 """Argument checks that every op shares; each error names the op, the argument, got and wanted."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,12 +59,38 @@ def check_dropout_p(op: str, p: object, name: str = "dropout_p") -> None:
         raise ValueError(f"{op}: {name} must be from 0 to 1; got {p}")
 
 
+def checked_scale(op: str, scale: object) -> float:
+    """The scale of the scores as a float.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN or infinite.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"{op}: scale must be a number; got {scale!r}")
+    value = float(scale)
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: scale must be finite; got {value}")
+    return value
+
+
+def distinct(*tensors: Any) -> list[Any]:
+    """The tensors, a repeated one as a view: Dynamo takes none twice into a Function."""
+    seen: list[Any] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in seen)
+        seen.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+    return seen
+
+
 def autocast(op: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on, as torch's matmul-like ops do."""
+    """The tensors in autocast's dtype where autocast is on, as torch's matmul-like ops do.
+
+    Like torch's, it leaves float64 alone.
+    """
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
-    )
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in narrow else t for t in tensors)

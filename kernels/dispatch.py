@@ -25,6 +25,13 @@ BACKENDS = {
 # op -> its file name. Filled by each op's own file, through define().
 OPS: dict[str, str] = {}
 
+# Public functions that are cases of an op, for available_backends().
+PART_OF = {
+    "layer_norm": "dropout_add_layer_norm",
+    "rms_norm": "dropout_add_layer_norm",
+    "scaled_dot_product_attention": "attention",
+}
+
 # What the automatic choice tries on a device type, best first; any other device: reference.
 PREFERENCE = {
     "cuda": ("triton", "reference"),
@@ -48,6 +55,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: name is not a backend's name.
     """
     global _default
+    if name is None:
+        raise ValueError(f"use_backend: backend must be one of {', '.join(BACKENDS)}; got None")
     before, _default = _default, checked("use_backend", name)
     try:
         yield
@@ -63,7 +72,7 @@ def checked(op: str, backend: "str | None") -> str:
     """
     if backend is None:
         return _default
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend
 
@@ -112,6 +121,7 @@ def _able(backend: str, op: str, question: str, *args: Any) -> "tuple[ModuleType
 
 def available_backends(op: str = "attention", device: str = "cpu") -> "dict[str, str | None]":
     """For each backend, None when it can run ``op`` on ``device``, else the reason why not."""
+    op = PART_OF.get(op, op)
     if op not in OPS:
         raise ValueError(f"available_backends: op must be one of {', '.join(OPS)}; got {op!r}")
     where = torch.device(device)

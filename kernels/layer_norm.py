@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
-from fusedformer.kernels.checks import check_dropout_p, check_floating, check_tensor, shape
+from fusedformer.kernels.checks import (
+    check_dropout_p,
+    check_floating,
+    check_tensor,
+    distinct,
+    shape,
+)
 
 OP = "dropout_add_layer_norm"
 
@@ -250,20 +256,19 @@ def dropout_add_layer_norm(
     _check(OP, x, eps, residual=residual, weight=weight, bias=bias)
     check_dropout_p(OP, dropout_p)
     seed = rng.as_seed(OP, seed, x.device) if dropout_p > 0 else None
-    if residual is x:
-        residual = x.view(x.shape)  # Dynamo cannot trace a Function that takes a tensor twice
     z_dtype = x.dtype if residual is None else residual.dtype
     if residual is None and residual_in_fp32:
         z_dtype = _stats_dtype(x)
     y, z, _, _ = _DropoutAddLayerNorm.apply(
-        x, residual, weight, bias, seed, float(dropout_p), float(eps), is_rms_norm, prenorm,
-        z_dtype, dispatch.checked(OP, backend),
+        *distinct(x, residual, weight, bias), seed, float(dropout_p), float(eps), is_rms_norm,
+        prenorm, z_dtype, dispatch.checked(OP, backend),
     )  # fmt: skip
     return (y, z) if prenorm else y
 
 
 def _norm(name, x, weight, bias, eps, is_rms_norm, backend):
     _check(name, x, eps, weight=weight, bias=bias)
+    x, weight, bias = distinct(x, weight, bias)
     return _DropoutAddLayerNorm.apply(
         x, None, weight, bias, None, 0.0, float(eps), is_rms_norm, False, x.dtype,
         dispatch.checked(name, backend),

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch
-from fusedformer.kernels.checks import autocast, check_floating, check_tensor, shape
+from fusedformer.kernels.checks import autocast, check_floating, check_tensor, distinct, shape
 from fusedformer.kernels.cross_entropy import (
     check_loss_options,
     check_target_values,
@@ -337,7 +337,7 @@ def linear_cross_entropy(
             f"{name}: target must be {tuple(input.shape[:-1])} for an input of {shape(input)}; "
             f"got {shape(target)}"
         )
-    trained = (input, linear_weight, linear_bias)
+    *trained, target, weight = distinct(input, linear_weight, linear_bias, target, weight)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
     loss, *_ = _LinearCrossEntropy.apply(
         *trained, target, weight, ignore_index, float(label_smoothing), reduction, wanted,

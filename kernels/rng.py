@@ -47,27 +47,50 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (), device=device)
 
 
-def as_seed(name: str, seed: "int | Tensor | None", device: torch.device) -> Tensor:
-    """``seed`` as a 0-d int64 tensor on ``device``; drawn from torch's generator when None.
+def check_seed(name: str, seed: object, device: torch.device) -> None:
+    """Raises unless ``seed`` is None, an int of 64 bits or a 0-d int64 tensor on ``device``.
 
     Raises:
-        TypeError, ValueError: seed is neither an int of 64 bits nor a 0-d int64 tensor on device.
+        TypeError, ValueError: it is none of these; ``name`` is the op's.
     """
-    if seed is None:
-        return draw_seed(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != device:
             raise ValueError(
                 f"{name}: seed must be an int or a 0-d int64 tensor on {device}; got a "
                 f"{tuple(seed.shape)} {seed.dtype} tensor on {seed.device}"
             )
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"{name}: seed must be an int or a 0-d int64 tensor; got {seed!r}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{name}: seed must fit in 64 bits; got {seed}")
+
+
+def as_seed(name: str, seed: "int | Tensor | None", device: torch.device) -> Tensor:
+    """``seed`` as a 0-d int64 tensor on ``device``; drawn from torch's generator when None.
+
+    Raises:
+        TypeError, ValueError: as check_seed().
+    """
+    check_seed(name, seed, device)
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, Tensor):
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{name}: seed must be an int or a 0-d int64 tensor; got {seed!r}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{name}: seed must fit in 64 bits; got {seed}")
     # A fill on the device: no copy from the host, so no synchronisation.
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def check_positions(op: str, shape: Sequence[int], offsets: Sequence[int]) -> None:
+    """Raises ValueError where a position of attention's dropout has no counter of its own."""
+    for name, size, offset, bits in zip(
+        ("batch", "head", "query", "key"), shape, offsets, (32, 16, 34, 34), strict=True
+    ):
+        if offset + size > 2**bits:
+            raise ValueError(
+                f"{op}: with dropout, {name} positions must stay below 2^{bits}; got {size} from "
+                f"offset {offset} on"
+            )
 
 
 def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:

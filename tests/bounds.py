@@ -1,4 +1,4 @@
-"""The error bound of every numerical test; no tolerance is picked by hand."""
+"""The error bound of every test against float64; no tolerance of theirs is picked by hand."""
 
 import torch
 from torch import Tensor

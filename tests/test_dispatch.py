@@ -34,6 +34,8 @@ def test_use_backend_is_left_by_an_exception():
 def test_available_backends():
     found = available_backends("attention", "cpu")
     assert found["reference"] is None
+    for name in ("layer_norm", "rms_norm", "scaled_dot_product_attention"):
+        assert available_backends(name, "cpu")["reference"] is None
     with pytest.raises(ValueError, match="op must be one of"):
         available_backends("convolution")
 

@@ -42,48 +42,49 @@ class Config:
 # rows: of queries in the forward and for dQ, of keys for dK and dV, where the tile is transposed.
 
 
-def _is_hopper(where: Chip) -> bool:
-    return where.capability in (90, 100)
+def _is_large(where: Chip) -> bool:
+    """H100, B200 and their like: 228 KB of shared memory, and matrix units fed from it."""
+    return 90 <= where.capability < 120
 
 
 def forward_config(
     block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
 ) -> Config:
     """Tiles of the forward."""
-    hopper = _is_hopper(where)
+    large = _is_large(where)
     if dtype == torch.float32:
         if block_d <= 64:
             return Config(64, 32, 8, 1)
         return Config(32, 32, 4, 1) if block_d <= 128 else Config(16, 32, 8, 1)
     if masked:
         if block_d <= 64:
-            return Config(128 if hopper else 64, 32, 8, 1)
-        return Config(64, 32, 8, 1 if block_d <= 128 else 2) if hopper else Config(64, 16, 8, 1)
-    if block_d <= 32 and dropout and not hopper:
+            return Config(128 if large else 64, 32, 8, 1)
+        return Config(64, 32, 8, 1 if block_d <= 128 else 2) if large else Config(64, 16, 8, 1)
+    if block_d <= 32 and dropout and not large:
         return Config(128, 32, 8, 2)
     if block_d <= 64:
         return Config(128, 64, 8, 2) if dropout else Config(128, 64, 4, 3)
     if block_d <= 128:
-        return Config(128, 64, 8, 2) if hopper else Config(64, 32, 4, 2)
-    return Config(128 if hopper else 64, 32, 8, 2)
+        return Config(128, 64, 8, 2) if large else Config(64, 32, 4, 2)
+    return Config(128 if large else 64, 32, 8, 2)
 
 
 def key_value_grads_config(
     block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
 ) -> Config:
     """Tiles of the dK and dV kernel."""
-    hopper = _is_hopper(where)
+    large = _is_large(where)
     if dtype == torch.float32:
         return Config(32, 32, 8, 1) if block_d <= 128 else Config(16, 16, 8, 1)
     if masked:
-        return Config(32, 64 if block_d <= 64 and hopper else 32, 8, 1)
+        return Config(32, 64 if block_d <= 64 and large else 32, 8, 1)
     if block_d <= 64:
-        if hopper:
+        if large:
             return Config(64, 128, 8, 2)
         return Config(32, 64, 4, 2) if dropout else Config(64, 64, 8, 2)
     if block_d <= 128:
         if dropout:
-            return Config(32, 128 if hopper else 64, 8, 2)
+            return Config(32, 128 if large else 64, 8, 2)
         return Config(64, 64, 8, 2)
     return Config(32, 32, 8, 2)
 
@@ -92,25 +93,25 @@ def query_grads_config(
     block_d: int, dtype: torch.dtype, dropout: bool, masked: bool, where: Chip
 ) -> Config:
     """Tiles of the dQ kernel."""
-    hopper = _is_hopper(where)
+    large = _is_large(where)
     if dtype == torch.float32:
         return Config(32, 32, 8, 1) if block_d <= 128 else Config(16, 16, 8, 1)
     if masked:
-        return Config(64 if block_d <= 128 and hopper else 32, 32, 8, 1)
+        return Config(64 if block_d <= 128 and large else 32, 32, 8, 1)
     if block_d <= 64:
-        return Config(128, 64 if hopper or not dropout else 32, 8, 2)
+        return Config(128, 64 if large or not dropout else 32, 8, 2)
     if block_d <= 128:
-        if hopper:
+        if large:
             return Config(128, 64, 8, 2)
         return Config(64, 32 if dropout else 64, 8, 2)
-    return Config(64 if hopper else 32, 32, 8, 2)
+    return Config(64 if large else 32, 32, 8, 2)
 
 
 def mask_grad_config(block_d: int, dtype: torch.dtype, where: Chip) -> Config:
     """Tiles of the kernel of the mask's gradient."""
     if dtype == torch.float32:
         return Config(32 if block_d <= 128 else 16, 32, 8, 1)
-    if _is_hopper(where) and block_d <= 128:
+    if _is_large(where) and block_d <= 128:
         return Config(64, 32, 8, 1)
     if block_d <= 64:
         return Config(32, 32, 8, 1)

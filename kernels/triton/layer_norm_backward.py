@@ -164,9 +164,7 @@ def layer_norm_wide_bwd_kernel(
                 keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
             grad = dropped(grad, keep, scale)
             store_tile(grad_x_ptr, rows, width, columns, inside, grad)
-        # The next tile's sums are read by threads that need not be those that wrote them.
-        tl.debug_barrier()
-        # The sums of this tile are read by the next one.
+        # The next tile reads these sums, in threads that need not be those that wrote them.
         tl.debug_barrier()
 
 

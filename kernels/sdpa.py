@@ -1,0 +1,101 @@
+"""torch's scaled_dot_product_attention, arguments and rules alike, on attention's kernels."""
+
+import torch
+from torch import Tensor
+
+from fusedformer.kernels.attention import checked_attention
+from fusedformer.kernels.checks import check_floating, shape
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: "Tensor | None" = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: "float | None" = None,
+    enable_gqa: bool = False,
+    *,
+    backend: "str | None" = None,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` on our kernels; see attention().
+
+    The arguments, their order and the causal rule are torch's: query i sees keys j <= i (top-left
+    aligned). Leading dimensions may be any number; value may have another head dimension.
+
+    Args:
+        query: (..., H, Nq, D). key: (..., Hkv, Nk, D). value: (..., Hkv, Nk, Dv).
+        attn_mask: broadcastable to (..., H, Nq, Nk), bool (True = attend) or additive.
+
+    Returns:
+        (..., H, Nq, Dv).
+
+    Raises:
+        ValueError, TypeError: as attention(); also attn_mask together with is_causal, or unlike
+            head counts without enable_gqa.
+    """
+    name = "scaled_dot_product_attention"
+    if attn_mask is not None and is_causal:
+        raise ValueError(f"{name}: attn_mask must be None when is_causal is set")
+    for label, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, label, tensor)
+        if tensor.dim() < 2 or tensor.dim() != query.dim():
+            raise ValueError(
+                f"{name}: query, key and value must have the same number of dimensions, 2 or more; "
+                f"{label} is {shape(tensor)}"
+            )
+    if key.shape[:-3] != query.shape[:-3] or value.shape[:-3] != query.shape[:-3]:
+        raise ValueError(
+            f"{name}: key and value must have the leading dimensions of query, {shape(query)}; "
+            f"got {shape(key)} and {shape(value)}"
+        )
+    if query.dim() > 2 and key.shape[-3] != query.shape[-3] and not enable_gqa:
+        raise ValueError(
+            f"{name}: key must have the {query.shape[-3]} heads of query unless enable_gqa is set; "
+            f"got {key.shape[-3]}"
+        )
+    lead = query.shape[:-2]
+    dim, value_dim = query.shape[-1], value.shape[-1]
+    scale = dim**-0.5 if scale is None else scale
+    if attn_mask is not None:
+        attn_mask = _mask_as_4d(name, attn_mask, query, key)
+    # (B, N, D) without groups is B independent problems, not B heads of one.
+    single = query.dim() == 3 and key.shape[0] == query.shape[0]
+    query, key, value = (t[:, None] if single else _as_4d(t) for t in (query, key, value))
+    if value_dim != dim:
+        # Zero columns change neither the scores nor, cut off again, the output.
+        wide = max(dim, value_dim)
+        query, key, value = (
+            torch.nn.functional.pad(t, (0, wide - t.shape[-1])) for t in (query, key, value)
+        )
+    out, _ = checked_attention(
+        name, query, key, value, attn_mask, None, "first" if is_causal else False, scale,
+        dropout_p, None, None, backend, mask_name="attn_mask",
+    )  # fmt: skip
+    return out[..., :value_dim].reshape(*lead, *out.shape[-2:-1], value_dim)
+
+
+def _as_4d(tensor: Tensor) -> Tensor:
+    """(..., H, N, D) as (B, H, N, D)."""
+    if tensor.dim() > 4:
+        return tensor.flatten(0, -4)
+    return tensor[(None,) * (4 - tensor.dim())]
+
+
+def _mask_as_4d(name: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask for query as _as_4d gives it."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: attn_mask must be a tensor; got {type(mask).__name__}")
+    wanted = (*query.shape[:-1], key.shape[-2])
+    sizes = (1,) * (len(wanted) - mask.dim()) + tuple(mask.shape)
+    if mask.dim() > len(wanted) or any(
+        size not in (1, full) for size, full in zip(sizes, wanted, strict=True)
+    ):
+        raise ValueError(f"{name}: attn_mask must broadcast to {wanted}; got {shape(mask)}")
+    if query.dim() > 4 and mask.dim() > 3:
+        # Leading dimensions are flattened into one, which the mask must then fill.
+        return mask.expand(*query.shape[:-3], *mask.shape[-3:]).flatten(0, -4)
+    if query.dim() == 3 and mask.dim() == 3 and key.shape[0] == query.shape[0]:
+        return mask[:, None]
+    return mask
