@@ -120,7 +120,7 @@ def bias_activation(
         seed: of the dropout mask, an int or a 0-d int64 tensor; drawn from torch's generator when
             None. An element's fate depends on the seed, its column and its row (all dimensions but
             the last flattened) alone.
-        backend: "reference", "triton"; None chooses. One that is named runs or raises.
+        backend: "reference", "triton", "cpu"; None chooses. One that is named runs or raises.
 
     Returns:
         A contiguous tensor of x's shape and dtype.

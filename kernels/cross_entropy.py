@@ -231,7 +231,7 @@ def cross_entropy(
         reduction: "none", "sum", or "mean": the sum divided by that of w_t over the rows that
             are not ignored (NaN if there are none, as torch's; the gradient is then 0).
         label_smoothing: e, from 0 to 1.
-        backend: "reference", "triton"; None chooses. One that is named runs or raises.
+        backend: "reference", "triton", "cpu"; None chooses. One that is named runs or raises.
 
     Returns:
         A scalar, or of target's shape if reduction is "none"; of input's dtype (float32 under

@@ -35,7 +35,7 @@ PART_OF = {
 # What the automatic choice tries on a device type, best first; any other device: reference.
 PREFERENCE = {
     "cuda": ("triton", "reference"),
-    "cpu": ("reference",),
+    "cpu": ("cpu", "reference"),
 }
 
 AUTOMATIC = ""

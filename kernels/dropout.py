@@ -83,7 +83,7 @@ def dropout(
         p: probability in [0, 1] that an element is dropped.
         training: False returns x, as at inference.
         seed: of the mask, an int or a 0-d int64 tensor; drawn from torch's generator when None.
-        backend: "reference", "triton"; None chooses. One that is named runs or raises.
+        backend: "reference", "triton", "cpu"; None chooses. One that is named runs or raises.
 
     Returns:
         A contiguous tensor of x's shape and dtype; x itself where nothing is dropped (p = 0, or

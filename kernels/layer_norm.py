@@ -243,7 +243,7 @@ def dropout_add_layer_norm(
         is_rms_norm: y = z / sqrt(mean(z^2) + eps) * weight + bias, without subtracting the mean.
         seed: of the dropout mask, an int or a 0-d int64 tensor; drawn from torch's generator when
             None.
-        backend: "reference", "triton"; None chooses. One that is named runs or raises.
+        backend: "reference", "triton", "cpu"; None chooses. One that is named runs or raises.
 
     Returns:
         y of x's shape and dtype, under autocast too; with prenorm (y, z), z in residual's dtype, or

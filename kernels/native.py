@@ -23,9 +23,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def library() -> "tuple[str | None, str | None]":
     """Loads the C++ library, building it if need be: its path and None, or None and the reason."""
     try:
-        path = native_build.PREBUILT
-        if not path.is_file():
-            path = native_build.build()
+        path = native_build.find()
         torch.ops.load_library(str(path))
     except (native_build.BuildError, OSError) as error:
         return None, f"there is no C++ library: {error}"

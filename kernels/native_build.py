@@ -25,13 +25,8 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = "libfusedformer_cpu.so"
-
 # In a checkout beside kernels/; installed, as fusedformer/csrc.
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
-
-# Put there by a wheel that was built with the library inside.
-PREBUILT = SOURCES / LIBRARY
 
 FLAGS = [
     "-std=c++17",
@@ -116,13 +111,29 @@ def sources() -> list[Path]:
     return sorted((SOURCES / "cpu").glob("*.cpp"))
 
 
-def _key(compiler: Compiler) -> str:
-    """Of all that decides what the library holds."""
+def _sources_key() -> str:
     digest = hashlib.sha256()
     for path in sorted([*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h"), *sources()]):
         digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
-    digest.update(repr((FLAGS, KERNEL_FLAGS, compiler, platform.machine())).encode())
+    digest.update(repr((FLAGS, KERNEL_FLAGS)).encode())
     return digest.hexdigest()[:16]
+
+
+def _key(compiler: Compiler) -> str:
+    """Of all that decides what the library holds."""
+    parts = repr((_sources_key(), compiler, platform.machine()))
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def prebuilt_name() -> str:
+    """The file name of a library that a wheel brings beside these very sources."""
+    return f"libfusedformer_cpu-{_sources_key()}.so"
+
+
+def find() -> Path:
+    """The library: the one that a wheel brought, or build()'s."""
+    prebuilt = SOURCES / prebuilt_name()
+    return prebuilt if prebuilt.is_file() else build()
 
 
 def compile_commands(compiler: Compiler, folder: Path) -> dict[Path, list[str]]:
@@ -190,7 +201,7 @@ def _run(command: list[str]) -> tuple[int, str]:
 
 def _compile(compiler: Compiler, folder: Path) -> tuple[bool, str, Path]:
     """Builds in ``folder``: whether it went well, what was said, and the library."""
-    library = folder / LIBRARY
+    library = folder / "library.so"
     objects = compile_commands(compiler, folder)
     link = link_command(compiler, list(objects), library)
     ninja = _ninja()

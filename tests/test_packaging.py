@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from backends import ROW_BACKENDS
 
 import fusedformer
 from fusedformer.kernels import dispatch
@@ -180,6 +181,32 @@ def test_wheel(copy, tmp_path):
     (site / "kernels/__init__.py").write_text("HERS = True\n")
     code = f"import fusedformer, kernels\nassert kernels.HERS\n{USE}\nprint(*fusedformer.__path__)"
     assert python(code, tmp_path, site) == str(site / "fusedformer")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("cpu" not in ROW_BACKENDS, reason="there is no C++ library here")
+def test_wheel_with_the_library_inside(copy, tmp_path):
+    """Made in a copy of its own, as the library stays in csrc; used without compiler and cache."""
+    source = shutil.copytree(copy, tmp_path / "source", symlinks=True)
+    code = "from fusedformer.cli import main; main(['build', '--into', 'csrc'])"
+    library = Path(python(code, source).splitlines()[-1])
+    wheel = build(source, "wheel", tmp_path)
+    assert re.search(r"-py3-none-(?!any)\w+\.whl$", wheel.name)
+    site = unpack(wheel, tmp_path / "site")
+    code = f"""
+import os
+os.environ |= {{"PATH": "", "XDG_CACHE_HOME": {str(tmp_path / "cache")!r}}}
+import torch, fusedformer
+fusedformer.dropout(torch.ones(3), backend="cpu")
+from fusedformer.kernels import native
+print(native.about()["library"])
+"""
+    assert python(code, tmp_path, site) == str(site / "fusedformer" / library)
+    assert not (tmp_path / "cache").exists()
+    # Of other sources, it is not used.
+    with (site / "fusedformer/csrc/cpu/ops.cpp").open("a") as file:
+        file.write("// changed")
+    assert python(code.replace(', backend="cpu"', ""), tmp_path, site) == "None"
 
 
 @pytest.mark.slow
