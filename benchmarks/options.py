@@ -70,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--budget",
         metavar="SECONDS",
         default="150",
-        help="longest run: what would go over it is left out and said so (150)",
+        help="for measuring; what would go over it is left out and said so (150)",
     )
     add("--out", metavar="DIR", default="profile", help="where the files go (profile)")  # fmt: skip
 

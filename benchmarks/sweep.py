@@ -135,7 +135,8 @@ class Sweep:
                 row |= {"status": outcome.status, "reason": outcome.reason}
 
     def _run(self, function: Callable, *args: object) -> Outcome:
-        return self.pool.run(function, *args, timeout=self.left() + _GRACE_SECONDS)
+        # With the budget spent, what has to be looked at is still looked at: it measures nothing.
+        return self.pool.run(function, *args, timeout=max(0.0, self.left()) + _GRACE_SECONDS)
 
     # --- Predictions ------------------------------------------------------------------------------
 
@@ -149,6 +150,8 @@ class Sweep:
     ) -> "Outcome | None":
         seen = self._seen.get((impl, case.causal, case.dropout_p))
         needed = float(providers.estimated_bytes(impl, backend, case))
+        if self.left() <= 0:
+            return Outcome(OVER_BUDGET, reason=f"the {self.budget:g} s were spent before")
         if seen is not None:
             growth = (case.seq / seen.case.seq) ** 2 * case.head_dim / seen.case.head_dim
             seconds = seen.seconds * growth

@@ -161,7 +161,7 @@ def test_a_spent_budget_is_a_row():
         walk.budget = 0
         list(started)
     assert [row["status"] for row in walk.rows] == [workers.OK, sweep.OVER_BUDGET]
-    assert "of 0 s are left" in walk.rows[1]["reason"]
+    assert walk.rows[1]["reason"] == "the 0 s were spent before"
 
 
 def test_later_passes_add_samples():
