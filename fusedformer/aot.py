@@ -35,7 +35,7 @@ SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
 
 # Bytes of stack a thread that are accepted: float32 anywhere, 16 bits outside sm_80 and sm_90.
-SPILL_CEILING = {32: 512, 16: 64}
+SPILL_CEILING = {32: 768, 16: 64}
 
 CASES = aot_cases.CASES | aot_row_cases.CASES | aot_loss_cases.CASES
 
