@@ -150,15 +150,16 @@ def _left_to_right(a: Tensor, b: Tensor) -> Tensor:
 
 
 def run_saved_lse(tensors: tuple, options: dict, grads: tuple, order: Tensor) -> dict:
-    """The plain gradients in float32 as every linear-memory implementation forms them
+    """The plain gradients as every linear-memory implementation forms them
     (FlashAttention-2, algorithm 2): P = exp(S - LSE) with the saved LSE, rowsum(dO o O) with the
     saved O, and S computed again, in tiles that lie otherwise and so with sums in another order.
-    The rounding of these is what limits such gradients in float32.
+    The rounding of these is what limits such gradients in float32; in 16 bits it is that of O
+    alone, the rest being computed in float32 here.
 
     Args:
         order: a permutation of the head dimension, the order in which S is summed again.
     """
-    query, key, value = (t.detach() for t in tensors)
+    query, key, value = (t.detach().float() for t in tensors)
     own_key = key
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -168,8 +169,8 @@ def run_saved_lse(tensors: tuple, options: dict, grads: tuple, order: Tensor) ->
     lse = scores.logsumexp(-1)
     weights = scores.softmax(-1) * ~empty[..., None]
     kept = _plain_keep(scores, *(options[name] for name in ("dropout_p", "seed", "offsets")))
-    grad_out = torch.zeros_like(query) if grads[0] is None else grads[0]
-    out = (weights * kept) @ value
+    grad_out = torch.zeros_like(query) if grads[0] is None else grads[0].float()
+    out = ((weights * kept) @ value).to(tensors[0].dtype).float()
     scores, _ = _plain_scores(query[..., order], key[..., order], *masking, _left_to_right)
     weights = torch.exp(scores - lse[..., None]) * ~empty[..., None]
     shift = (grad_out * out).sum(-1)

@@ -4,9 +4,8 @@ import torch
 
 from fusedformer.kernels import native
 
-BACKENDS = ("reference", "triton")
-
-# Of the ops on rows. The C++ kernels run on the CPU, so not beside Triton's where there is a GPU;
-# without a compiler they run nowhere (tests/test_native.py asks why).
+# The C++ kernels run on the CPU, so not beside Triton's where there is a GPU; without a compiler
+# they run nowhere (tests/test_native.py asks why).
 _CPU = not torch.cuda.is_available() and native.library()[1] is None
-ROW_BACKENDS = (*BACKENDS, "cpu") if _CPU else BACKENDS
+BACKENDS = ("reference", "triton", "cpu") if _CPU else ("reference", "triton")
+ROW_BACKENDS = BACKENDS

@@ -138,23 +138,29 @@ FUSEDFORMER_INLINE void exponentials(int rows, const float* scores, float factor
                                      float* weights) {
   constexpr int PER = Math::PER_WORD;
   const Vec factors = set(factor);
+  Vec part[C];
   const auto one = [&](int row, int c) FUSEDFORMER_LAMBDA {
     const int at = row * TILE + (v + c) * LANES;
     Vec e = Math::exp(fms(load(scores + at), factors, maximum[c]));
-    sum[c] = add(sum[c], e);
+    part[c] = add(part[c], e);
     if constexpr (DROPOUT) e = where(lanes(kept + 8 * row, v + c), e);
     return e;
   };
-  int row = 0;
-  for (; row + PER <= rows; row += PER) {
-    FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
-      const Vec first = one(row, c), second = PER == 2 ? one(row + 1, c) : first;
-      store_weights(Math{}, weights + row / PER * TILE + (v + c) * LANES, first, second);
-    }
+  // Sums of sums: one after another, thousands of keys would cost the LSE some of its last bits.
+  constexpr int PART = 16;
+  for (int row = 0; row < rows;) {
+    const int end = row + PART < rows ? row + PART : rows;
+    FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) part[c] = zero();
+    for (; row + PER <= end; row += PER)
+      FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
+        const Vec first = one(row, c), second = PER == 2 ? one(row + 1, c) : first;
+        store_weights(Math{}, weights + row / PER * TILE + (v + c) * LANES, first, second);
+      }
+    for (; row < end; ++row)  // the last of an odd number
+      FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
+        store_weights(Math{}, weights + row / PER * TILE + (v + c) * LANES, one(row, c), zero());
+    FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) sum[c] = add(sum[c], part[c]);
   }
-  if (row < rows)
-    FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
-      store_weights(Math{}, weights + row / PER * TILE + (v + c) * LANES, one(row, c), zero());
 }
 
 // A block of keys for C vectors of the queries of a tile.
@@ -172,13 +178,17 @@ void attend(const Attention& p, QueryState& state, const KeyBlock& block, int ro
     const Vec change = Math::exp(fms(before, set(1.0f), maximum[c]));
     store(rescale + at, change);
     store(state.maximum + at, maximum[c]);
-    sum[c] = mul(load(state.sum + at), change);
+    store(state.sum + at, mul(load(state.sum + at), change));
+    sum[c] = zero();
   }
   if (kept)
     exponentials<Math, true, C>(rows, s.scores, factor, v, maximum, sum, kept, s.weights);
   else
     exponentials<Math, false, C>(rows, s.scores, factor, v, maximum, sum, kept, s.weights);
-  FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) store(state.sum + (v + c) * LANES, sum[c]);
+  FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
+    float* at = state.sum + (v + c) * LANES;
+    store(at, add(load(at), sum[c]));
+  }
   product<Math, true>(p.dim, (rows + Math::PER_WORD - 1) / Math::PER_WORD, C, block.values,
                               s.weights + v * LANES, TILE, state.out + v * LANES, TILE,
                               rescale + v * LANES);
@@ -207,8 +217,10 @@ void finish_tile(const Attention& p, int64_t b, int64_t h, QueryState& state, Fo
   float* lse = p.lse + (b * p.heads + h) * p.n_queries + state.first;
   for (int i = 0; i < state.n; ++i) {
     const float sum = state.sum[i];
-    // A row with nothing to attend to: O = 0 and LSE = -inf.
-    lse[i] = state.maximum[i] * (1 / Math::UNIT) + __builtin_logf(sum);
+    // Rounded but once: the backward takes the exponential of what is stored. A row with nothing to
+    // attend to has O = 0 and LSE = -inf.
+    lse[i] = static_cast<float>(state.maximum[i] / static_cast<double>(Math::UNIT) +
+                                __builtin_log(sum));
     state.sum[i] = sum == 0 ? 0 : p.inverse_keep / sum;
   }
   for (int d = 0; d < p.dim; ++d)

@@ -25,6 +25,9 @@ FUSEDFORMER_INLINE void philox_words(uint64_t seed, Words (&c)[4]) {
   }
 }
 
+// a and b of a call, as kept_tile() orders them.
+constexpr uint64_t LANE_A[8] = {0, 1, 2, 3, 0, 1, 2, 3}, LANE_B[8] = {0, 0, 0, 0, 1, 1, 1, 1};
+
 // Which elements of a 16 x 16 tile of scores are kept: bit i % 8 of kept[8 j + i / 8] is that of
 // query i and key j. The first query and key are multiples of 16.
 //
@@ -40,12 +43,9 @@ inline void kept_tile(const Attention& p, int64_t b, int64_t h, int64_t query, i
                             query + p.offsets[2], key + p.offsets[3], corner);
   constexpr int KEYS = WORDS / 4;  // values of b in a vector
   for (int first = 0; first < 4; first += KEYS) {
-    uint64_t i[WORDS], j[WORDS];
-    for (int lane = 0; lane < WORDS; ++lane) {
-      i[lane] = corner[0] + static_cast<uint32_t>(lane % 4);
-      j[lane] = corner[1] + static_cast<uint32_t>(first + lane / 4);
-    }
-    Words words[4] = {load_words(i), load_words(j), set_word(corner[2]), set_word(corner[3])};
+    Words words[4] = {sum(set_word(corner[0]), load_words(LANE_A)),
+                      sum(set_word(corner[1] + first), load_words(LANE_B)), set_word(corner[2]),
+                      set_word(corner[3])};
     philox_words(p.seed, words);
     store_kept(words[0], words[2], p.threshold, kept + 16 * first);
     store_kept(words[1], words[3], p.threshold, kept + 16 * first + 8);

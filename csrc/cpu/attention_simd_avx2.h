@@ -99,6 +99,7 @@ inline Words set_word(uint32_t x) { return _mm256_set1_epi64x(x); }
 inline Words load_words(const uint64_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
+inline Words sum(Words a, Words b) { return _mm256_add_epi64(a, b); }
 inline Words product(Words a, Words b) { return _mm256_mul_epu32(a, b); }
 inline Words high(Words x) { return _mm256_srli_epi64(x, 32); }
 inline Words xor3(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }

@@ -5,12 +5,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifndef __clang__
-// GCC's own header makes "undefined" vectors of themselves.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 namespace fusedformer {
 namespace {
 
@@ -107,6 +101,7 @@ constexpr int WORDS = 8;
 
 inline Words set_word(uint32_t x) { return _mm512_set1_epi64(x); }
 inline Words load_words(const uint64_t* p) { return _mm512_loadu_si512(p); }
+inline Words sum(Words a, Words b) { return _mm512_add_epi64(a, b); }
 inline Words product(Words a, Words b) { return _mm512_mul_epu32(a, b); }
 inline Words high(Words x) { return _mm512_srli_epi64(x, 32); }
 inline Words xor3(Words a, Words b, Words c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }

@@ -119,6 +119,10 @@ constexpr int WORDS = 4;
 
 inline Words set_word(uint32_t x) { return {{x, x, x, x}}; }
 inline Words load_words(const uint64_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline Words sum(Words a, Words b) {
+  for (int k = 0; k < WORDS; ++k) a.word[k] += b.word[k];
+  return a;
+}
 inline Words product(Words a, Words b) {
   for (int k = 0; k < WORDS; ++k)
     a.word[k] = (a.word[k] & 0xFFFFFFFFu) * (b.word[k] & 0xFFFFFFFFu);
