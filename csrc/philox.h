@@ -52,9 +52,9 @@ FUSEDFORMER_HOST_DEVICE void rows_counter(uint64_t row, uint64_t call, uint32_t 
   counter[3] = static_cast<uint32_t>(call >> 32);
 }
 
-// The counter of the call that decides element (i, j) of attention: two neighbouring queries by two
-// neighbouring keys, and their partners 8 further on. Element (i, j) takes word 2 (i % 2) + j % 2 and
-// byte 2 (i / 8 % 2) + j / 8 % 2.
+// The counter of the call that decides element (i, j) of attention: two neighbouring queries by
+// two neighbouring keys, and their partners 8 further on. Element (i, j) takes word
+// 2 (i % 2) + j % 2 and byte 2 (i / 8 % 2) + j / 8 % 2.
 FUSEDFORMER_HOST_DEVICE void attention_counter(uint64_t batch, uint32_t head, uint64_t i,
                                                uint64_t j, uint32_t counter[4]) {
   counter[0] = static_cast<uint32_t>(i / 16 * 4 + i % 8 / 2);

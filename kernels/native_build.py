@@ -41,6 +41,8 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 
+LINK_FLAGS = ["-shared"]
+
 # Of the files *_kernels.cpp, which are compiled once for each; csrc/cpu/isa.h has the conventions.
 # Options like a residual are asked for inside loops, where they are foreseen; a loop for each of
 # their combinations would take minutes to compile. Neighbouring masks stay apart: g++ would put
@@ -115,7 +117,7 @@ def _sources_key() -> str:
     digest = hashlib.sha256()
     for path in sorted([*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h"), *sources()]):
         digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
-    digest.update(repr((FLAGS, KERNEL_FLAGS)).encode())
+    digest.update(repr((FLAGS, KERNEL_FLAGS, LINK_FLAGS)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -160,7 +162,7 @@ def link_command(compiler: Compiler, objects: list[Path], target: Path) -> list[
     """torch is loaded before the library is, so no path to it is kept inside."""
     libraries = Path(torch.__file__).parent / "lib"
     return [
-        *(compiler.path, "-shared", *map(str, objects)),
+        *(compiler.path, *LINK_FLAGS, *map(str, objects)),
         *(f"-L{libraries}", "-ltorch_cpu", "-o", str(target)),
     ]
 

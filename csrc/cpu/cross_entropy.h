@@ -8,14 +8,14 @@ namespace fusedformer {
 struct CrossEntropy {
   Matrix logits, grad;  // grad in the backward alone; it may be the logits
   int64_t classes;
-  const int64_t* target;    // either of these two
+  const int64_t* target;  // either of these two
   const int32_t* target32;
   int64_t ignore_index;
-  const float* weight;      // (classes,), or missing: all 1
+  const float* weight;  // (classes,), or missing: all 1
   float weight_sum;
-  float share, uniform;     // 1 - smoothing, smoothing / classes
+  float share, uniform;               // 1 - smoothing, smoothing / classes
   float *losses, *row_weights, *lse;  // (rows,); the backward reads lse
-  const float* grad_losses;  // (rows,)
+  const float* grad_losses;           // (rows,)
 };
 
 struct CrossEntropyKernels {

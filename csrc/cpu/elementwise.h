@@ -19,8 +19,8 @@ struct Elementwise {
 struct ElementwiseKernels {
   // out = dropout(act(x + bias)); bits: mask_room(calls of a tile's row).
   void (*forward)(const Elementwise&, const Tile&, uint16_t* bits);
-  // out = dropout(grad) act'(x + bias); its sums over the tile's rows are added to sums, (columns of
-  // the tile,), unless that is missing.
+  // out = dropout(grad) act'(x + bias); its sums over the tile's rows are added to sums,
+  // (columns of the tile,), unless that is missing.
   void (*backward)(const Elementwise&, const Tile&, uint16_t* bits, float* sums);
 };
 

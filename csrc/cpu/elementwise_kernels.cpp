@@ -59,7 +59,7 @@ void backward(const Elementwise& a, const Tile& tile, uint16_t* bits, float* sum
   if (a.stream) fence();
 }
 
-// --- By dtype and activation ----------------------------------------------------------------------
+// --- By dtype and activation ---------------------------------------------------------------------
 
 template <class T>
 void forward_of(const Elementwise& a, const Tile& tile, uint16_t* bits) {
@@ -101,6 +101,7 @@ void backward_tile(const Elementwise& a, const Tile& tile, uint16_t* bits, float
 
 }  // namespace
 
-extern const ElementwiseKernels FUSEDFORMER_NAME(elementwise_kernels) = {forward_tile, backward_tile};
+extern const ElementwiseKernels FUSEDFORMER_NAME(elementwise_kernels) = {forward_tile,
+                                                                         backward_tile};
 
 }  // namespace fusedformer

@@ -36,7 +36,7 @@ Isa isa();
 #ifdef FUSEDFORMER_X86
 #define FUSEDFORMER_TABLE(Table, name) \
   extern const Table name##_portable, name##_avx2, name##_avx512, name##_avx512bf16
-#define FUSEDFORMER_PICK(name)                                              \
+#define FUSEDFORMER_PICK(name)                                                \
   (::fusedformer::isa() == ::fusedformer::Isa::avx512bf16 ? name##_avx512bf16 \
    : ::fusedformer::isa() == ::fusedformer::Isa::avx512   ? name##_avx512     \
    : ::fusedformer::isa() == ::fusedformer::Isa::avx2     ? name##_avx2       \

@@ -20,7 +20,8 @@ struct NormForward {
 };
 
 struct NormBackward {
-  Matrix source, residual, grad_y, grad_z, grad_x, grad_residual;  // all but the first may be missing
+  Matrix source, grad_y, grad_x;
+  Matrix residual, grad_z, grad_residual;  // may be missing
   Type z_type;
   bool prenorm;  // source is z, else x
   const float* weight;

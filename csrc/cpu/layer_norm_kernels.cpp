@@ -91,8 +91,8 @@ void backward(const NormBackward& a, int64_t first, int64_t last, float* buffer,
 
     Sums<2> sums, products;
     for_columns<2>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
-      const Floats z = prenorm ? load(z_in + column, n)
-                               : made_z(x, residual, keep, scale, column, n);
+      const Floats z =
+          prenorm ? load(z_in + column, n) : made_z(x, residual, keep, scale, column, n);
       const Floats normed = inside((z - centre) * rstd, n);
       store(buffer + column, normed, n);
       const Floats upstream = load(grad_y + column, n);

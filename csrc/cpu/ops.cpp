@@ -9,7 +9,7 @@
 // - Kernels lie in *_kernels.cpp, which isa.h explains: compiled once for each instruction set,
 //   no C++ library, no torch. New files are compiled by being there (kernels/native_build.py).
 // - The cut into tasks depends on sizes alone, never on the number of threads, and what several
-//   tasks add up is added in a fixed order: results are bitwise the same with any number of threads.
+//   tasks add up is added in a fixed order: any number of threads gives the same bits.
 // - Only functions of TORCH_TARGET_VERSION 2.10 are used, so that one build runs on every torch
 //   from 2.10 on. No OpenMP of our own: torch's thread pool alone.
 #include <algorithm>
@@ -35,7 +35,7 @@ int64_t width_of(const Tensor& tensor) {
   return tensor.dim() == 0 ? 1 : tensor.size(tensor.dim() - 1);
 }
 
-// --- Sums over rows -------------------------------------------------------------------------------
+// --- Sums over rows ------------------------------------------------------------------------------
 //
 // Gradients of a weight or bias are summed over fixed chunks of rows, each in float32 by one task,
 // and these sums in the order of the chunks: whatever the number of threads, the same additions.
@@ -46,8 +46,8 @@ int64_t rows_of_chunk(int64_t rows, int64_t width) {
   return std::max(divided_up(rows, 64), divided_up(kGrain / 2, width));
 }
 
-// Of a chunk, so many rows are summed one by one, and these sums then: 32 is few enough for a float32
-// sum to stay as exact as eager's, which is pairwise, and enough to cost little.
+// Of a chunk, so many rows are summed one by one, and these sums then: 32 is few enough for a
+// float32 sum to stay as exact as eager's, which is pairwise, and enough to cost little.
 constexpr int64_t kBlockRows = 32;
 
 // total = the sums of run(first row, last row, sums that it adds to); block is scratch.
@@ -66,15 +66,15 @@ void sum_blocks(int64_t first, int64_t last, int64_t columns, float* total, floa
 void add_up(const Tensor& grad, const float* sums, int64_t chunks, int64_t width, int64_t pitch) {
   torch::stable::parallel_for(0, width, std::max<int64_t>(kGrain / chunks, 16),
                               [&](int64_t first, int64_t last) {
-    std::vector<float> total(sums + first, sums + last);
-    for (int64_t chunk = 1; chunk < chunks; ++chunk)
-      for (int64_t column = first; column < last; ++column)
-        total[column - first] += sums[chunk * pitch + column];
-    write(grad, total.data(), first, last);
-  });
+                                std::vector<float> total(sums + first, sums + last);
+                                for (int64_t chunk = 1; chunk < chunks; ++chunk)
+                                  for (int64_t column = first; column < last; ++column)
+                                    total[column - first] += sums[chunk * pitch + column];
+                                write(grad, total.data(), first, last);
+                              });
 }
 
-// --- Dropout + add + layer norm -------------------------------------------------------------------
+// --- Dropout + add + layer norm ------------------------------------------------------------------
 
 std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> dropout_add_layer_norm_fwd(
     Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
@@ -158,16 +158,17 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> dropout_add_l
     for (int64_t n = begin; n < end; ++n)
       sum_blocks(n * chunk, std::min(rows, (n + 1) * chunk), pitch, sums.data() + n * pitch,
                  block.data(), [&](int64_t first, int64_t last, float* into) {
-        kernels.backward(a, first, last, row.data(), bits.data(), grad_weight ? into : nullptr,
-                         grad_bias ? into + width : nullptr);
-      });
+                   kernels.backward(a, first, last, row.data(), bits.data(),
+                                    grad_weight ? into : nullptr,
+                                    grad_bias ? into + width : nullptr);
+                 });
   });
   if (grad_weight) add_up(*grad_weight, sums.data(), chunks, width, pitch);
   if (grad_bias) add_up(*grad_bias, sums.data() + width, chunks, width, pitch);
   return {grad_x, grad_residual, grad_weight, grad_bias};
 }
 
-// --- Dropout; bias + activation + dropout ---------------------------------------------------------
+// --- Dropout; bias + activation + dropout --------------------------------------------------------
 
 // Columns of a tile: a few long rows are cut lengthwise, too.
 constexpr int64_t kTileColumns = 4096;
@@ -217,9 +218,10 @@ Tensor bias_activation_fwd(Tensor x, OptionalTensor bias, OptionalTensor seed, i
                              dropout_of(seed, threshold, scale));
 }
 
-std::tuple<Tensor, OptionalTensor> bias_activation_bwd(
-    Tensor grad_out, Tensor x, OptionalTensor bias, OptionalTensor seed, int64_t activation,
-    int64_t threshold, double scale, bool bias_grad) {
+std::tuple<Tensor, OptionalTensor> bias_activation_bwd(Tensor grad_out, Tensor x,
+                                                       OptionalTensor bias, OptionalTensor seed,
+                                                       int64_t activation, int64_t threshold,
+                                                       double scale, bool bias_grad) {
   const int64_t width = width_of(x), rows = x.numel() / width;
   const Rows x_rows = rows_of(x, width), grad_rows = rows_of(grad_out, width);
   const Tensor grad_x = new_tensor(x, sizes_of(x), x.scalar_type());
@@ -253,18 +255,19 @@ std::tuple<Tensor, OptionalTensor> bias_activation_bwd(
       sum_blocks(tile.first, tile.last, tile.until - tile.from,
                  sums.data() + task / across * width + tile.from, block.data(),
                  [&](int64_t first, int64_t last, float* into) {
-        kernels.backward(a, {first, last, tile.from, tile.until}, bits, into);
-      });
+                   kernels.backward(a, {first, last, tile.from, tile.until}, bits, into);
+                 });
     }
   });
   if (grad_bias) add_up(*grad_bias, sums.data(), chunks, width, width);
   return {grad_x, grad_bias};
 }
 
-// --- Cross-entropy --------------------------------------------------------------------------------
+// --- Cross-entropy -------------------------------------------------------------------------------
 
 struct Targets {
-  Targets(const Tensor& tensor) : kept(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)) {}
+  explicit Targets(const Tensor& tensor)
+      : kept(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)) {}
   void set(CrossEntropy& a) const {
     const void* data = kept.const_data_ptr();
     if (kept.scalar_type() == ScalarType::Long)
@@ -309,8 +312,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor targe
   a.row_weights = static_cast<float*>(row_weights.mutable_data_ptr());
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   const CrossEntropyKernels& kernels = FUSEDFORMER_PICK(cross_entropy_kernels);
-  torch::stable::parallel_for(0, rows, divided_up(kGrain / 4, classes),
-                              [&](int64_t first, int64_t last) { kernels.forward(a, first, last); });
+  torch::stable::parallel_for(
+      0, rows, divided_up(kGrain / 4, classes),
+      [&](int64_t first, int64_t last) { kernels.forward(a, first, last); });
   return {losses, row_weights, lse};
 }
 
@@ -333,8 +337,9 @@ void cross_entropy_bwd(Tensor grad_losses, Tensor lse, Tensor logits, Tensor tar
   a.lse = const_cast<float*>(lses.data());
   a.grad_losses = upstream.data();
   const CrossEntropyKernels& kernels = FUSEDFORMER_PICK(cross_entropy_kernels);
-  torch::stable::parallel_for(0, rows, divided_up(kGrain / 4, classes),
-                              [&](int64_t first, int64_t last) { kernels.backward(a, first, last); });
+  torch::stable::parallel_for(
+      0, rows, divided_up(kGrain / 4, classes),
+      [&](int64_t first, int64_t last) { kernels.backward(a, first, last); });
 }
 
 }  // namespace

@@ -18,7 +18,9 @@ constexpr int kCalls = 8;
 inline Calls calls(uint64_t x) { return _mm512_set1_epi64(static_cast<long long>(x)); }
 inline Calls times(Calls a, Calls b) { return _mm512_mul_epu32(a, b); }
 inline Calls high(Calls a) { return _mm512_srli_epi64(a, 32); }
-inline Calls three_xor(Calls a, Calls b, Calls c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+inline Calls three_xor(Calls a, Calls b, Calls c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
 #else
 using Calls = __m256i;
 constexpr int kCalls = 4;
@@ -49,7 +51,8 @@ inline void philox4x32(uint64_t seed, Calls c[4]) {
 // Of the call in a quarter of a register: which of its 16 elements are kept.
 template <int quarter>
 inline uint16_t kept(__m512i words, __m512i threshold) {
-  const __m512i rotations = _mm512_setr_epi32(0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24);
+  const __m512i rotations =
+      _mm512_setr_epi32(0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24);
   const __m512i all = _mm512_shuffle_i32x4(words, words, 0x55 * quarter);
   return _mm512_cmpge_epu32_mask(_mm512_rolv_epi32(all, rotations), threshold);
 }
@@ -73,7 +76,8 @@ inline void keep_bits(const Calls c[4], uint32_t threshold, uint16_t* bits) {
 inline uint16_t kept(__m256i words, __m256i below) {
   // Bytes 0 and 1 in one register, 2 and 3 in the other. x < t is min(x, t - 1) == x.
   const auto dropped = [&](__m256i left, __m256i right) {
-    const __m256i x = _mm256_or_si256(_mm256_sllv_epi32(words, left), _mm256_srlv_epi32(words, right));
+    const __m256i x =
+        _mm256_or_si256(_mm256_sllv_epi32(words, left), _mm256_srlv_epi32(words, right));
     const __m256i drop = _mm256_cmpeq_epi32(_mm256_min_epu32(x, below), x);
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(drop)));
   };
@@ -107,9 +111,11 @@ constexpr int kCalls = 1;
 #endif
 
 // The bits of n_calls calls from first_call on, for each of n_rows rows from first_row on:
-// bits[n_calls * row + call], 1 = kept. Fills whole vectors: up to 7 more.
-inline void rows_keep(uint64_t seed, uint32_t tag, uint32_t threshold, int64_t first_row,
-                      int64_t n_rows, int64_t first_call, int64_t n_calls, uint16_t* bits) {
+// bits[n_calls * row + call], 1 = kept. Fills whole vectors: up to 7 more. Not inline,
+// as it is much code and runs for a row or more.
+__attribute__((noinline)) void rows_keep(uint64_t seed, uint32_t tag, uint32_t threshold,
+                                         int64_t first_row, int64_t n_rows, int64_t first_call,
+                                         int64_t n_calls, uint16_t* bits) {
   int64_t row = first_row, call = 0;
   const int64_t total = n_rows * n_calls;
   // The calls of consecutive positions go on into the next row, so that short rows fill vectors.
@@ -152,7 +158,7 @@ inline void rows_keep(uint64_t seed, uint32_t tag, uint32_t threshold, int64_t f
     philox::philox4x32(seed, words);
     unsigned kept = 0;
     for (int element = 0; element < kLanes; ++element)
-      kept |= static_cast<unsigned>(philox::kept(words[element % 4], element / 4, threshold)) << element;
+      if (philox::kept(words[element % 4], element / 4, threshold)) kept |= 1u << element;
     bits[at] = static_cast<uint16_t>(kept);
     if (++call == n_calls) {
       call = 0;
@@ -166,9 +172,13 @@ inline void rows_keep(uint64_t seed, uint32_t tag, uint32_t threshold, int64_t f
 class Masks {
  public:
   Masks(const Dropout& dropout, uint32_t tag, const Tile& tile, uint16_t* bits)
-      : dropout_(dropout), tag_(tag), tile_(tile), bits_(bits),
+      : dropout_(dropout),
+        tag_(tag),
+        tile_(tile),
+        bits_(bits),
         calls_((tile.until - tile.from + kLanes - 1) / kLanes),
-        rows_(calls_ < kMaskCalls ? kMaskCalls / calls_ : 1), made_(tile.first) {}
+        rows_(calls_ < kMaskCalls ? kMaskCalls / calls_ : 1),
+        made_(tile.first) {}
 
   // 16 bits for each call of the row; missing where there is no dropout.
   const uint16_t* of(int64_t row) {

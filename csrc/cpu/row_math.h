@@ -40,8 +40,8 @@ struct Normal {
 };
 inline Normal normal(const Floats& z) {
   const Floats bell = exp(z * z * splat(-0.5f));
-  // P(X > |z|) = erfc(u) / 2 with u = |z| / sqrt(2); erfc(u) = e^(-u^2) t p(t), t = 1 / (1 + 0.4 u),
-  // p fitted for the least relative error, 6e-8, where u <= 10.
+  // P(X > |z|) = erfc(u) / 2 with u = |z| / sqrt(2); erfc(u) = e^(-u^2) t p(t) with
+  // t = 1 / (1 + 0.4 u) and p fitted for the least relative error, 6e-8, where u <= 10.
   const Floats t = splat(1.0f) / fma(abs(z), splat(0.4f * 0.707106781f), splat(1.0f));
   Floats p = splat(4.125333103e-2f);
   p = fma(p, t, splat(-1.403206284e-1f));
@@ -57,7 +57,7 @@ inline Normal normal(const Floats& z) {
   return {cdf, bell * splat(0.398942280f)};
 }
 
-// --- Activations: act(z) and act'(z) --------------------------------------------------------------
+// --- Activations: act(z) and act'(z) -------------------------------------------------------------
 
 struct Identity {
   static Floats value(const Floats& z) { return z; }

@@ -62,9 +62,7 @@ inline Floats min(const Floats& a, const Floats& b) {
 inline Floats abs(const Floats& a) {
   FUSEDFORMER_EACH(Floats, (Four)((FourInts)a.v[n] & 0x7FFFFFFF));
 }
-inline Mask greater(const Floats& a, const Floats& b) {
-  FUSEDFORMER_EACH(Mask, a.v[n] > b.v[n]);
-}
+inline Mask greater(const Floats& a, const Floats& b) { FUSEDFORMER_EACH(Mask, a.v[n] > b.v[n]); }
 inline Mask lanes(uint16_t bits) {
   const FourInts one = {1, 2, 4, 8};
   FUSEDFORMER_EACH(Mask, ((FourInts{} + (bits >> 4 * n)) & one) == one);

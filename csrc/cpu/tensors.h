@@ -25,8 +25,10 @@ inline Type type_of(ScalarType dtype) {
     case ScalarType::Float: return Type::float32;
     case ScalarType::Half: return Type::float16;
     case ScalarType::BFloat16: return Type::bfloat16;
-    default: STD_TORCH_CHECK(false, "the C++ kernels take float32, float16 and bfloat16"); std::abort();
+    default: break;
   }
+  STD_TORCH_CHECK(false, "the C++ kernels take float32, float16 and bfloat16");
+  return Type::float32;
 }
 
 inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
@@ -37,7 +39,7 @@ struct Rows {
   Matrix matrix;
 };
 
-// The distance from one row to the next, or nothing where rows are no matrix of neighbouring columns.
+// The distance from one row to the next; nothing where rows are no matrix of neighbouring columns.
 inline std::optional<int64_t> row_stride(const Tensor& tensor, int64_t width) {
   const int64_t dims = tensor.dim();
   if (dims > 0 && width > 1 && tensor.stride(dims - 1) != 1) return std::nullopt;
