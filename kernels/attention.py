@@ -5,6 +5,7 @@ softmax (Milakov & Gimelshein 2018; Dao, "FlashAttention-2", 2023), so that memo
 the sequence length on every backend except ``reference``.
 """
 
+import inspect
 import math
 
 import torch
@@ -147,6 +148,12 @@ class _Attention(torch.autograd.Function):
         return (*grads, grad_mask if mask_grad else None, *(None,) * 7)
 
 
+# apply() asks for it at every call: making it anew would be half the time of a small call.
+_Attention.forward.__signature__ = (  # type: ignore[attr-defined]
+    inspect.signature(_Attention.forward)
+)
+
+
 # --- Public functions -----------------------------------------------------------------------------
 
 
@@ -251,10 +258,15 @@ def checked_attention(
         seed = rng.as_seed(name, seed, query.device)
     else:
         seed = None
-    return _Attention.apply(
-        *distinct(query, key, value, mask), key_lengths, seed,
-        diagonal, scale, float(dropout_p), positions, dispatch.checked(name, backend),
+    tensors = (query, key, value, mask)
+    options = (
+        key_lengths, seed, diagonal, scale, float(dropout_p), positions,
+        dispatch.checked(name, backend),
     )  # fmt: skip
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        # Past apply(), which takes longer than a small call itself.
+        return torch.ops.fusedformer.attention_fwd.default(*tensors, *options)
+    return _Attention.apply(*distinct(*tensors), *options)
 
 
 def attention(

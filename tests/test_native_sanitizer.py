@@ -82,8 +82,13 @@ def run(code: str, *args: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_kernels():
-    done = run(TESTS, "tests/test_native.py")
+@pytest.mark.parametrize(
+    "tests",
+    [["tests/test_native.py"], ["tests/test_native_attention.py", "-m", "not slow"]],
+    ids=["rows", "attention"],
+)
+def test_the_kernels(tests):
+    done = run(TESTS, *tests)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

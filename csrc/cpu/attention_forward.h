@@ -87,9 +87,11 @@ void start_tile(const Attention& p, int64_t b, int64_t h, int64_t tile, ForwardS
   pack_columns<Math>(p.dtype, p.query.at(b, h, state.first), p.query.row, state.n, p.dim, s.rows,
                      state.query);
   if (p.scale < 0) flip_signs(state.query, Pack<Math>::words(p.dim) * TILE, Math::SIGNS);
-  fill(state.maximum, TILE, LEAST_MAXIMUM);
-  fill(state.sum, TILE, 0);
-  fill(state.out, p.dim * TILE, 0);
+  const int filled = rounded_up(state.n, LANES);
+  fill(state.maximum, filled, LEAST_MAXIMUM);
+  fill(state.sum, filled, 0);
+  for (int d = 0; d < p.dim; ++d)
+    for (int i = 0; i < filled; i += LANES) store(state.out + d * TILE + i, zero());
 }
 
 // S^T, and its maximum over the keys for each query; plus the bias, if there is one, in which case
@@ -224,7 +226,7 @@ void finish_tile(const Attention& p, int64_t b, int64_t h, QueryState& state, Fo
     state.sum[i] = sum == 0 ? 0 : p.inverse_keep / sum;
   }
   for (int d = 0; d < p.dim; ++d)
-    for (int i = 0; i < TILE; i += LANES)
+    for (int i = 0; i < state.n; i += LANES)
       store(state.out + d * TILE + i, mul(load(state.out + d * TILE + i), load(state.sum + i)));
   store_columns(state.out, 1.0f, state.n, p.dim, s.rows, p.dtype, p.out.at(b, h, state.first),
                 p.out.row);

@@ -23,10 +23,6 @@ inline void mask_to_floats(const Attention& p, const char* from, int64_t stride,
   for (int k = 0; k < n; ++k) to[k] = to[k] <= NEVER ? HIDDEN : to[k];
 }
 
-inline void fill(float* to, int n, float value) {
-  for (int k = 0; k < n; ++k) to[k] = value;
-}
-
 // The mask of `queries` x `keys` scores, as (keys, TILE).
 inline void mask_tile(const Attention& p, const char* from, int queries, int keys, float* rows,
                       float* to) {

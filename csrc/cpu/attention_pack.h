@@ -19,6 +19,10 @@ struct Arena {
   }
 };
 
+inline void fill(float* to, int n, float value) {
+  for (int k = 0; k < n; ++k) to[k] = value;
+}
+
 inline Vec load_as(DType dtype, const void* from) {
   if (dtype == DType::float32) return load(static_cast<const float*>(from));
   const uint16_t* half = static_cast<const uint16_t*>(from);
