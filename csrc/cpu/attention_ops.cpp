@@ -198,9 +198,20 @@ std::tuple<Tensor, Tensor> attention_fwd(
 
 // --- Backward ------------------------------------------------------------------------------------
 
-// Some heads of keys at a time, so that what is packed of their queries stays below this; one at
-// least.
-constexpr double WAVE_BYTES = 32 << 20;
+// Some heads of keys at a time: every block of keys goes through all that is packed of its head's
+// queries, which should stay in the cache meanwhile. One for each thread, or as many as fill a part
+// of the cache; but no more than this much memory, if that leaves one.
+constexpr size_t CACHED_BYTES = 8 << 20, MOST_BYTES = 32 << 20;
+
+int64_t units_in_wave(size_t unit_bytes, int64_t units) {
+  const int64_t cached = static_cast<int64_t>(CACHED_BYTES / unit_bytes);
+  const int64_t most = static_cast<int64_t>(MOST_BYTES / unit_bytes);
+  int64_t wanted = torch::stable::get_num_threads();
+  if (wanted < cached) wanted = cached;
+  if (wanted > most) wanted = most < 1 ? 1 : most;
+  const int64_t waves = (units + wanted - 1) / wanted;
+  return (units + waves - 1) / waves;
+}
 
 void run_wave(const Attention& p, const AttentionGrads& g, const AttentionBackwardKernels& kernels,
               AttentionWave wave) {
@@ -224,8 +235,7 @@ void run_backward(const Attention& p, const AttentionGrads& g) {
       FUSEDFORMER_PICK_DTYPE(attention_backward_kernels, p.dtype == DType::bfloat16);
   const int64_t units = p.batches * p.key_heads, tiles_of_unit = p.group() * p.tiles();
   const size_t unit_bytes = tiles_of_unit * kernels.query_tile_bytes(p);
-  const int64_t most = WAVE_BYTES < unit_bytes ? 1 : static_cast<int64_t>(WAVE_BYTES / unit_bytes);
-  const int64_t waves = (units + most - 1) / most, in_wave = (units + waves - 1) / waves;
+  const int64_t in_wave = units_in_wave(unit_bytes, units);
   const Memory tiles(in_wave * unit_bytes);
   std::vector<int> done(in_wave * tiles_of_unit);
   for (int64_t first = 0; first < units; first += in_wave) {
