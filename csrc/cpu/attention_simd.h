@@ -35,12 +35,12 @@ struct Int {
   static constexpr int value = N;
 };
 
-// body(Int<N>, at) for as many strips of N from `at` to `end` as fit, then for strips of 2 and of 1:
-// each length is code of its own.
+// body(Int<N>, at) for as many strips of N from `at` to `end` as fit, then for shorter ones, whose
+// lengths are few: each is code of its own.
 template <int N, class Body>
 FUSEDFORMER_INLINE void each_strip(int at, int end, Body&& body) {
   for (; at + N <= end; at += N) body(Int<N>{}, at);
-  if constexpr (N > 1) each_strip<(N > 2 ? 2 : 1)>(at, end, body);
+  if constexpr (N > 1) each_strip<(N > 4 ? 4 : N / 2)>(at, end, body);
 }
 
 // The same for vectors side by side: COLUMNS, then one by one.
