@@ -35,9 +35,9 @@ class Case:
     dropout_p: float = 0.0
     device: str = "cpu"
 
-    def at(self, **changes: object) -> "Case":
+    def at(self, **changes: Any) -> "Case":
         """This case with some fields changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return replace(self, **changes)
 
     def as_dict(self) -> dict:
         """The fields, JSON-ready."""

@@ -50,3 +50,17 @@ def poisoned_memory() -> Iterator[None]:
 def fresh_compiler() -> None:
     """Nothing that torch.compile kept from the tests before."""
     torch.compiler.reset()
+
+
+@pytest.fixture(params=("portable", "avx2", "avx512", "avx512bf16"))
+def isa(request):
+    """Each instruction set that this CPU has, forced."""
+    from fusedformer.kernels import native
+
+    assert native.library()[1] is None
+    ops = torch.ops.fusedformer_native
+    if request.param not in ops.isas().split():
+        pytest.skip(f"this CPU has no {request.param}")
+    ops.set_isa(request.param)
+    yield request.param
+    ops.set_isa("")

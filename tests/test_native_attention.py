@@ -7,7 +7,7 @@ import pytest
 import test_attention
 import torch
 from backends import BACKENDS
-from test_native import PAIR, in_bfloat16, isa  # noqa: F401 - isa is a fixture
+from test_native import PAIR, in_bfloat16
 
 from fusedformer import attention
 from fusedformer.kernels import rng
@@ -31,14 +31,14 @@ def _cases(start: int, step: int) -> list:
 @pytest.mark.parametrize(
     "start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 24))]
 )
-def test_pairs(isa, start):  # noqa: F811
+def test_pairs(isa, start):
     for case in _cases(start, 24):
         test_attention.check_pairs(case, backends=PAIR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offsets", [None, (1, 2, 48, 16)])
-def test_masks_are_the_contracts(isa, dtype, offsets):  # noqa: F811
+def test_masks_are_the_contracts(isa, dtype, offsets):
     """The output, with V the identity, and dV, with dO the identity, are the dropped weights."""
     torch.manual_seed(0)
     query, key = (torch.randn(2, 3, 150, 150).to(dtype) for _ in range(2))
@@ -56,7 +56,7 @@ def test_masks_are_the_contracts(isa, dtype, offsets):  # noqa: F811
 
 
 @pytest.mark.parametrize("p", [2**-32, 0.001, 1 - 2**-32])
-def test_thresholds_at_the_ends(isa, p):  # noqa: F811
+def test_thresholds_at_the_ends(isa, p):
     query = torch.zeros(1, 1, 256, 256)
     value = torch.eye(256)[None, None]
     weights = attention(query, query, value, dropout_p=p, seed=3, backend="cpu")
@@ -118,7 +118,7 @@ def test_one_head_of_keys_for_many_threads(threads):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_scale_of_zero_averages(isa, dtype, causal):  # noqa: F811
+def test_a_scale_of_zero_averages(isa, dtype, causal):
     torch.manual_seed(0)
     query, key = (torch.randn(1, 1, 130, 8).to(dtype) for _ in range(2))
     value = torch.ones(1, 1, 130, 8, dtype=dtype)
@@ -132,7 +132,7 @@ def test_a_scale_of_zero_averages(isa, dtype, causal):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e2, 1e4])
-def test_large_scores(isa, dtype, size):  # noqa: F811
+def test_large_scores(isa, dtype, size):
     """One key takes all: no overflow, no NaN, and weights of exactly 0 elsewhere."""
     key = torch.eye(64)[None, None].to(dtype)
     value = torch.arange(64.0)[:, None].expand(64, 64)[None, None].to(dtype).contiguous()
@@ -147,7 +147,7 @@ def test_large_scores(isa, dtype, size):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_nan_spoils_its_own_row_alone(isa, dtype):  # noqa: F811
+def test_a_nan_spoils_its_own_row_alone(isa, dtype):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 1, 100, 24).to(dtype) for _ in range(3))
     query[0, 0, 33, 5] = math.nan
