@@ -43,17 +43,16 @@ def filter_logits(
         (..., V) in float32.
     """
     logits = logits.float() / temperature
-    all_k = top_k is None or top_k >= logits.shape[-1]
-    all_p = top_p is None or top_p >= 1
-    if all_k and all_p:
+    k = logits.shape[-1] if top_k is None else top_k
+    p = 1.0 if top_p is None else top_p
+    if k >= logits.shape[-1] and p >= 1:
         return logits
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    if not all_k:
-        ranked[..., top_k:] = -math.inf
-    if not all_p:
+    ranked[..., k:] = -math.inf
+    if p < 1:
         probs = ranked.softmax(dim=-1)
         before = probs.cumsum(dim=-1) - probs  # of the tokens that are likelier
-        ranked = ranked.masked_fill(before >= top_p, -math.inf)
+        ranked = ranked.masked_fill(before >= p, -math.inf)
     return torch.empty_like(logits).scatter_(-1, order, ranked)
 
 
