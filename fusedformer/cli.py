@@ -16,6 +16,7 @@ import fusedformer
 COMMANDS = {
     "aot": ("fusedformer.aot", "compile every GPU kernel without a GPU, and hold it to budgets"),
     "build": ("fusedformer.build", "compile the C++ kernels ahead of their first use"),
+    "data": ("fusedformer.data", "list and fetch the data sets that training knows"),
     "doctor": ("fusedformer.doctor", "say what each op runs on here, and why not on the rest"),
     "profile": ("fusedformer.benchmarks.profile", "measure how an op's cost grows with its sizes"),
 }
