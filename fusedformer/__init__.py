@@ -11,6 +11,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
     # copy has them inside it.
     __path__.append(str(_here.parent))
 
+from fusedformer import nn
 from fusedformer.kernels.activation import bias_activation
 from fusedformer.kernels.attention import attention
 from fusedformer.kernels.cross_entropy import cross_entropy
@@ -32,6 +33,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "layer_norm",
     "linear_cross_entropy",
+    "nn",
     "rms_norm",
     "scaled_dot_product_attention",
     "use_backend",

@@ -80,6 +80,16 @@ def _attention_kept(
     return rng.attention_keep(seed, p, scores.shape, offsets).to(scores.dtype) / (1 - p)
 
 
+def attention_weights(
+    query, key, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets
+) -> Tensor:  # fmt: skip
+    """P o M, (B, H, Nq, Nk): what attention_fwd multiplies with V. Differentiable."""
+    q, k, _ = _attention_operands(query, key, key, key_lengths)
+    hidden = attention_hidden(query, key, mask, key_lengths, diagonal)
+    weights = _attention_scores(q, k, mask, hidden, scale).softmax(-1).masked_fill(hidden, 0)
+    return weights * _attention_kept(weights, seed, dropout_p, offsets)
+
+
 def _bnhd(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A (B, H, N, D) tensor in (B, N, H, D) memory order, as every backend returns it."""
     batch, heads, length, dim = tensor.shape
@@ -106,10 +116,9 @@ def attention_fwd(
     q, k, v = _attention_operands(query, key, value, key_lengths)
     hidden = attention_hidden(query, key, mask, key_lengths, diagonal)
     scores = _attention_scores(q, k, mask, hidden, scale)
-    lse = scores.logsumexp(-1)  # (B, H, Nq)
     weights = scores.softmax(-1).masked_fill(hidden, 0)  # P
     weights = weights * _attention_kept(scores, seed, dropout_p, offsets)
-    return _bnhd(weights @ v, query.dtype), lse
+    return _bnhd(weights @ v, query.dtype), scores.logsumexp(-1)
 
 
 def attention_bwd(
@@ -155,8 +164,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _dropped_rows(tensor: Tensor, seed: "Tensor | None", p: float, tag: int) -> Tensor:
-    """keep / (1 - p) times a tensor, its last dimension being the rows' columns. What is dropped
-    gives 0 whatever it held."""
+    """keep / (1 - p) times a tensor of rows; what is dropped gives 0 whatever it held."""
     if seed is None:
         return tensor
     columns = tensor.shape[-1] if tensor.dim() else 1
@@ -164,9 +172,7 @@ def _dropped_rows(tensor: Tensor, seed: "Tensor | None", p: float, tag: int) -> 
     return torch.where(keep, tensor / (1 - p), 0)
 
 
-def dropout_unsupported(*args: object) -> "str | None":
-    """The reference takes every call."""
-    return None
+dropout_unsupported = attention_unsupported
 
 
 def dropout_fwd(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -183,9 +189,7 @@ def dropout_bwd(grad_out: Tensor, seed: Tensor, p: float) -> Tensor:
 # --- Dropout + add + layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019) --------------
 
 
-def dropout_add_layer_norm_unsupported(*args: object) -> "str | None":
-    """The reference takes every call."""
-    return None
+dropout_add_layer_norm_unsupported = attention_unsupported
 
 
 def _norm_operand(
