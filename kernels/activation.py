@@ -16,6 +16,7 @@ from fusedformer.kernels.checks import (
     distinct,
     shape,
 )
+from fusedformer.kernels.function import run
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -151,4 +152,4 @@ def bias_activation(
     seed = rng.as_seed(name, seed, x.device) if dropout_p > 0 else None
     backend = dispatch.checked(name, backend)
     x, bias = distinct(x, bias)
-    return _BiasActivation.apply(x, bias, seed, activation, float(dropout_p), backend)
+    return run(_BiasActivation, x, bias, seed, activation, float(dropout_p), backend)

@@ -5,7 +5,6 @@ softmax (Milakov & Gimelshein 2018; Dao, "FlashAttention-2", 2023), so that memo
 the sequence length on every backend except ``reference``.
 """
 
-import inspect
 import math
 
 import torch
@@ -22,6 +21,7 @@ from fusedformer.kernels.checks import (
     distinct,
     shape,
 )
+from fusedformer.kernels.function import run
 
 MAX_HEAD_DIM = 256
 
@@ -148,12 +148,6 @@ class _Attention(torch.autograd.Function):
         return (*grads, grad_mask if mask_grad else None, *(None,) * 7)
 
 
-# apply() asks for it at every call: making it anew would be half the time of a small call.
-_Attention.forward.__signature__ = (  # type: ignore[attr-defined]
-    inspect.signature(_Attention.forward)
-)
-
-
 # --- Public functions -----------------------------------------------------------------------------
 
 
@@ -263,10 +257,7 @@ def checked_attention(
         key_lengths, seed, diagonal, scale, float(dropout_p), positions,
         dispatch.checked(name, backend),
     )  # fmt: skip
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        # Past apply(), which takes longer than a small call itself.
-        return torch.ops.fusedformer.attention_fwd.default(*tensors, *options)
-    return _Attention.apply(*distinct(*tensors), *options)
+    return run(_Attention, *distinct(*tensors), *options)
 
 
 def attention(

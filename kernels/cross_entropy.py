@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch
 from fusedformer.kernels.checks import check_floating, check_tensor, shape
+from fusedformer.kernels.function import run
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -247,7 +248,8 @@ def cross_entropy(
     check_loss_options(
         name, target, weight, logits.shape[-1], ignore_index, reduction, label_smoothing, input
     )
-    losses, row_weights, _ = _CrossEntropy.apply(
+    losses, row_weights, _ = run(
+        _CrossEntropy,
         logits, target, weight, ignore_index, float(label_smoothing),
         dispatch.checked(name, backend),
     )  # fmt: skip

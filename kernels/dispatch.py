@@ -43,6 +43,7 @@ AUTOMATIC = ""
 _default = AUTOMATIC
 _modules: dict[tuple[str, str], ModuleType | None] = {}
 _failures: dict[tuple[str, str], str] = {}
+_questions: dict[tuple[str, str, str], tuple[ModuleType, Callable[..., "str | None"]]] = {}
 _warned: set[str] = set()
 _library = torch.library.Library("fusedformer", "DEF")
 
@@ -108,14 +109,18 @@ def failure(backend: str, op: str) -> "str | None":
 
 
 def _able(backend: str, op: str, question: str, *args: Any) -> "tuple[ModuleType | None, str]":
-    module = load(backend, op)
-    if module is None:
-        last_line = _failures[backend, op].strip().splitlines()[-1]
-        return None, f"it cannot be imported ({last_line})"
-    # linear_cross_entropy has no kernels but those of its file's op.
-    if not any(hasattr(module, f"{name}_unsupported") for name in (op, OPS[op])):
-        return None, f"it has no {op} yet"
-    reason = getattr(module, question)(*args)
+    asked = _questions.get((backend, op, question))
+    if asked is None:
+        module = load(backend, op)
+        if module is None:
+            last_line = _failures[backend, op].strip().splitlines()[-1]
+            return None, f"it cannot be imported ({last_line})"
+        # linear_cross_entropy has no kernels but those of its file's op.
+        if not any(hasattr(module, f"{name}_unsupported") for name in (op, OPS[op])):
+            return None, f"it has no {op} yet"
+        asked = _questions[backend, op, question] = module, getattr(module, question)
+    module, unsupported = asked
+    reason = unsupported(*args)
     return (module, "") if reason is None else (None, reason)
 
 
@@ -153,3 +158,22 @@ def pick(op: str, backend: str, args: tuple) -> ModuleType:
         why = "; ".join(reasons) or f"there are no fused kernels for {device} devices"
         warnings.warn(f"{op} runs on the slow reference backend on {device} ({why})", stacklevel=2)
     return module
+
+
+def why_not_fused(op: str, device: torch.device, dtype: torch.dtype) -> "str | None":
+    """Why the automatic choice would be ``reference``; None where not, or use_backend() names one.
+
+    It answers for calls of ordinary sizes; pick() asks again with the tensors themselves.
+    """
+    if _default:
+        return None
+    if dtype == torch.float64:
+        return "float64 runs on the reference backend only"
+    reasons = []
+    for name in PREFERENCE.get(device.type, ()):
+        if name != "reference":
+            module, reason = _able(name, op, "unsupported_device", device)
+            if module is not None:
+                return None
+            reasons.append(f"{name}: {reason}")
+    return "; ".join(reasons) or f"there are no fused kernels for {device.type} devices"

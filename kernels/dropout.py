@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
 from fusedformer.kernels.checks import check_dropout_p, check_floating
+from fusedformer.kernels.function import run
 
 # --- Registered ops -------------------------------------------------------------------------------
 
@@ -98,4 +99,4 @@ def dropout(
     backend = dispatch.checked("dropout", backend)
     if p == 0 or not training:
         return x
-    return _Dropout.apply(x, rng.as_seed("dropout", seed, x.device), float(p), backend)
+    return run(_Dropout, x, rng.as_seed("dropout", seed, x.device), float(p), backend)

@@ -16,6 +16,7 @@ from fusedformer.kernels.checks import (
     distinct,
     shape,
 )
+from fusedformer.kernels.function import run
 
 OP = "dropout_add_layer_norm"
 
@@ -259,7 +260,8 @@ def dropout_add_layer_norm(
     z_dtype = x.dtype if residual is None else residual.dtype
     if residual is None and residual_in_fp32:
         z_dtype = _stats_dtype(x)
-    y, z, _, _ = _DropoutAddLayerNorm.apply(
+    y, z, _, _ = run(
+        _DropoutAddLayerNorm,
         *distinct(x, residual, weight, bias), seed, float(dropout_p), float(eps), is_rms_norm,
         prenorm, z_dtype, dispatch.checked(OP, backend),
     )  # fmt: skip
@@ -269,7 +271,8 @@ def dropout_add_layer_norm(
 def _norm(name, x, weight, bias, eps, is_rms_norm, backend):
     _check(name, x, eps, weight=weight, bias=bias)
     x, weight, bias = distinct(x, weight, bias)
-    return _DropoutAddLayerNorm.apply(
+    return run(
+        _DropoutAddLayerNorm,
         x, None, weight, bias, None, 0.0, float(eps), is_rms_norm, False, x.dtype,
         dispatch.checked(name, backend),
     )[0]  # fmt: skip

@@ -30,6 +30,7 @@ from fusedformer.kernels.cross_entropy import (
     loss_dtype,
     statistics_dtype,
 )
+from fusedformer.kernels.function import run
 
 # --- Chunks ---------------------------------------------------------------------------------------
 
@@ -339,7 +340,8 @@ def linear_cross_entropy(
         )
     *trained, target, weight = distinct(input, linear_weight, linear_bias, target, weight)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
-    loss, *_ = _LinearCrossEntropy.apply(
+    loss, *_ = run(
+        _LinearCrossEntropy,
         *trained, target, weight, ignore_index, float(label_smoothing), reduction, wanted,
         dispatch.checked(name, backend),
     )  # fmt: skip

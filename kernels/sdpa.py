@@ -73,11 +73,15 @@ def scaled_dot_product_attention(
         name, query, key, value, attn_mask, None, "first" if is_causal else False, scale,
         dropout_p, None, None, backend, mask_name="attn_mask",
     )  # fmt: skip
+    if len(lead) == 2 and value_dim == dim:
+        return out
     return out[..., :value_dim].reshape(*lead, *out.shape[-2:-1], value_dim)
 
 
 def _as_4d(tensor: Tensor) -> Tensor:
     """(..., H, N, D) as (B, H, N, D)."""
+    if tensor.dim() == 4:
+        return tensor
     if tensor.dim() > 4:
         return tensor.flatten(0, -4)
     return tensor[(None,) * (4 - tensor.dim())]

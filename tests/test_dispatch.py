@@ -44,6 +44,7 @@ def test_a_failed_import_is_kept_and_shown(monkeypatch):
     monkeypatch.setitem(dispatch.BACKENDS, "triton", "fusedformer.kernels.no_such_module")
     monkeypatch.setattr(dispatch, "_modules", {})
     monkeypatch.setattr(dispatch, "_failures", {})
+    monkeypatch.setattr(dispatch, "_questions", {})
     tensors = _inputs(1, 1, 4, 4)
     with pytest.raises(RuntimeError, match=r"cannot be imported \(ModuleNotFoundError"):
         attention(*tensors, backend="triton")

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "new_tensor.h"
 
 namespace fusedformer {
 
@@ -60,7 +61,7 @@ char* thread_scratch(size_t bytes) {
 // many multiply-adds all are: a little is not worth waking other threads.
 template <class Run>
 void run_tasks(int64_t tasks, double work, size_t scratch_bytes, Run&& run) {
-  constexpr double WORTH_A_THREAD = 1 << 18;
+  constexpr double WORTH_A_THREAD = 1 << 20;
   int64_t workers = torch::stable::get_num_threads();
   if (workers > tasks) workers = tasks;
   if (workers > 1 + work / WORTH_A_THREAD) workers = 1 + static_cast<int64_t>(work / WORTH_A_THREAD);
@@ -103,8 +104,10 @@ Tensor4 input(const Tensor& tensor) { return view(tensor, tensor.const_data_ptr(
 
 // A fresh (B, H, N, D) tensor in (B, N, H, D) memory order.
 Tensor new_bhnd(const Tensor& like) {
-  const int64_t sizes[] = {like.size(0), like.size(2), like.size(1), like.size(3)};
-  return torch::stable::transpose(torch::stable::new_empty(like, sizes), 1, 2);
+  const int64_t heads = like.size(1), length = like.size(2), dim = like.size(3);
+  const int64_t sizes[] = {like.size(0), heads, length, dim};
+  const int64_t strides[] = {length * heads * dim, dim, heads * dim, 1};
+  return empty_strided(4, sizes, strides, like.scalar_type());
 }
 Tensor4 output(const Tensor& tensor) { return view(tensor, tensor.mutable_data_ptr()); }
 
@@ -176,7 +179,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
   Attention& p = call.p;
   const Tensor out = new_bhnd(query);
   const int64_t lse_sizes[] = {p.batches, p.heads, p.n_queries};
-  const Tensor lse = torch::stable::new_empty(query, lse_sizes, ScalarType::Float);
+  const int64_t lse_strides[] = {p.heads * p.n_queries, p.n_queries, 1};
+  const Tensor lse = empty_strided(3, lse_sizes, lse_strides, ScalarType::Float);
   p.out = output(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
 

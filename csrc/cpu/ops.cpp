@@ -85,11 +85,11 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> dropout_add_layer_nor
   const Rows x_rows = rows_of(x, width);
   const std::optional<Rows> residual_rows = rows_of(residual, width);
   const FloatVector weights(weight, width, 1.0f), biases(bias, width, 0.0f);
-  const Tensor y = new_tensor(x, sizes, x.scalar_type());
-  const Tensor rstd = new_tensor(x, stats, ScalarType::Float);
+  const Tensor y = new_tensor(sizes, x.scalar_type());
+  const Tensor rstd = new_tensor(stats, ScalarType::Float);
   OptionalTensor z, mean;
-  if (prenorm) z = new_tensor(x, sizes, z_dtype);
-  if (!is_rms_norm) mean = new_tensor(x, stats, ScalarType::Float);
+  if (prenorm) z = new_tensor(sizes, z_dtype);
+  if (!is_rms_norm) mean = new_tensor(stats, ScalarType::Float);
 
   NormForward a{};
   a.x = x_rows.matrix;
@@ -126,11 +126,11 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> dropout_add_l
   const std::optional<Rows> grad_z_rows = rows_of(grad_z, width);
   const FloatVector weights(weight, width, 1.0f);
   const FloatVector means(mean, rows, 0.0f), rstds(rstd, rows, 0.0f);
-  const Tensor grad_x = new_tensor(source, sizes, grad_y.scalar_type());
+  const Tensor grad_x = new_tensor(sizes, grad_y.scalar_type());
   OptionalTensor grad_residual, grad_weight, grad_bias;
-  if (residual_grad) grad_residual = new_tensor(source, sizes, z_dtype);
-  if (weight && weight_grad) grad_weight = new_tensor(*weight, {width}, weight->scalar_type());
-  if (bias && bias_grad) grad_bias = new_tensor(*bias, {width}, bias->scalar_type());
+  if (residual_grad) grad_residual = new_tensor(sizes, z_dtype);
+  if (weight && weight_grad) grad_weight = new_tensor({width}, weight->scalar_type());
+  if (bias && bias_grad) grad_bias = new_tensor({width}, bias->scalar_type());
 
   NormBackward a{};
   a.source = source_rows.matrix;
@@ -183,7 +183,7 @@ Tensor elementwise_forward(const Tensor& x, const OptionalTensor& bias, uint32_t
                            Activation activation, const Dropout& dropout) {
   const int64_t width = width_of(x), rows = x.numel() / width;
   const Rows x_rows = rows_of(x, width);
-  const Tensor out = new_tensor(x, sizes_of(x), x.scalar_type());
+  const Tensor out = new_tensor(sizes_of(x), x.scalar_type());
   std::optional<FloatVector> biases;
   if (bias) biases.emplace(bias, width, 0.0f);
 
@@ -224,9 +224,9 @@ std::tuple<Tensor, OptionalTensor> bias_activation_bwd(Tensor grad_out, Tensor x
                                                        double scale, bool bias_grad) {
   const int64_t width = width_of(x), rows = x.numel() / width;
   const Rows x_rows = rows_of(x, width), grad_rows = rows_of(grad_out, width);
-  const Tensor grad_x = new_tensor(x, sizes_of(x), x.scalar_type());
+  const Tensor grad_x = new_tensor(sizes_of(x), x.scalar_type());
   OptionalTensor grad_bias;
-  if (bias && bias_grad) grad_bias = new_tensor(*bias, {width}, bias->scalar_type());
+  if (bias && bias_grad) grad_bias = new_tensor({width}, bias->scalar_type());
   std::optional<FloatVector> biases;
   if (bias) biases.emplace(bias, width, 0.0f);
 
@@ -301,9 +301,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor targe
   std::optional<FloatVector> weights;
   if (weight) weights.emplace(weight, classes, 1.0f);
   const std::vector<int64_t> sizes = sizes_of(target);
-  const Tensor losses = new_tensor(logits, sizes, ScalarType::Float);
-  const Tensor row_weights = new_tensor(logits, sizes, ScalarType::Float);
-  const Tensor lse = new_tensor(logits, sizes, ScalarType::Float);
+  const Tensor losses = new_tensor(sizes, ScalarType::Float);
+  const Tensor row_weights = new_tensor(sizes, ScalarType::Float);
+  const Tensor lse = new_tensor(sizes, ScalarType::Float);
 
   CrossEntropy a = options(classes, weights, ignore_index, smoothing);
   a.logits = logit_rows.matrix;

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "new_tensor.h"
 #include "rows.h"
 
 namespace fusedformer {
@@ -69,8 +70,10 @@ inline std::optional<Rows> rows_of(const std::optional<Tensor>& tensor, int64_t 
 inline Matrix matrix_of(const std::optional<Rows>& rows) { return rows ? rows->matrix : Matrix{}; }
 
 // A fresh tensor that kernels write as rows.
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * sizes[dim];
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
 }
 
 inline Matrix output(const Tensor& tensor, int64_t width) {
