@@ -6,11 +6,26 @@ gives, up to rounding; where it differs, its docstring says so.
 
 from fusedformer.nn.attention import MultiheadAttention
 from fusedformer.nn.layers import Dropout, DropoutAddLayerNorm, LayerNorm, RMSNorm
+from fusedformer.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from fusedformer.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
+    "CrossEntropyLoss",
     "Dropout",
     "DropoutAddLayerNorm",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]
