@@ -1,6 +1,6 @@
 """What the configurations of all models share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from typing_extensions import Self
@@ -13,7 +13,6 @@ from fusedformer.kernels.checks import check_dropout_p
 class ModelConfig:
     """The sizes of a stack of layers; each model's own configuration gives the defaults."""
 
-    max_length: int
     d_model: int
     layers: int
     heads: int
@@ -30,10 +29,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        for field in ("max_length", "d_model", "layers", "heads", "d_ff"):
-            size = getattr(self, field)
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: {field} must be an int, 1 or more; got {size!r}")
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if field.type is int and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name}: {field.name} must be an int, 1 or more; got {size!r}")
         if self.d_model % self.heads:
             raise ValueError(
                 f"{name}: d_model must be a multiple of heads; got {self.d_model} and {self.heads}"
