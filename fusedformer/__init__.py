@@ -20,10 +20,22 @@ from fusedformer.kernels.dropout import dropout
 from fusedformer.kernels.layer_norm import dropout_add_layer_norm, layer_norm, rms_norm
 from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
 from fusedformer.kernels.sdpa import scaled_dot_product_attention
+from fusedformer.transformer.bert import BERT, BERTConfig
+from fusedformer.transformer.gpt import GPT, GPTConfig
+from fusedformer.transformer.seq2seq import Transformer, TransformerConfig
+from fusedformer.transformer.vit import ViT, ViTConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BERT",
+    "GPT",
+    "BERTConfig",
+    "GPTConfig",
+    "Transformer",
+    "TransformerConfig",
+    "ViT",
+    "ViTConfig",
     "__version__",
     "attention",
     "available_backends",
