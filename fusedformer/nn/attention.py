@@ -20,7 +20,7 @@ def _warn_of_weights() -> None:
         "MultiheadAttention: need_weights=True, torch's default, computes the (Nq, Nk) attention "
         "weights once more beside the fused kernel, in quadratic time and memory; pass "
         "need_weights=False where they are not used",
-        stacklevel=4,
+        stacklevel=5,  # past Module.__call__
     )
 
 
