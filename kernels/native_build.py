@@ -30,7 +30,6 @@ SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 
 FLAGS = [
     "-std=c++17",
-    "-O3",
     "-fPIC",
     "-fvisibility=hidden",
     # NaN and infinity mean what they mean; only errno and floating-point traps are given up.
@@ -49,14 +48,17 @@ LINK_FLAGS = ["-shared"]
 # them together in a vector, one by one. (Its AVX-512 headers, in version 12, warn of themselves.)
 # A product is fused with a sum only where a kernel says so: what must cancel exactly, does.
 KERNEL_FLAGS = [
+    "-O3",
     *("-fno-exceptions", "-fno-rtti", "-fno-unswitch-loops", "-ffp-contract=off"),
     "-fno-tree-slp-vectorize",
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
+# Of all other files, whose code runs once a call.
+ENTRY_FLAGS = ["-O1"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_ISAS = {
-    "portable": [],
+    "portable": ["-O1"],  # for a CPU older than AVX2: what it gains by -O3, every build would pay
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512bf16": [*_AVX512, "-mavx512bf16"],
@@ -117,7 +119,7 @@ def _sources_key() -> str:
     digest = hashlib.sha256()
     for path in sorted([*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h"), *sources()]):
         digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
-    digest.update(repr((FLAGS, KERNEL_FLAGS, LINK_FLAGS)).encode())
+    digest.update(repr((FLAGS, KERNEL_FLAGS, ENTRY_FLAGS, LINK_FLAGS)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -146,7 +148,7 @@ def compile_commands(compiler: Compiler, folder: Path) -> dict[Path, list[str]]:
         common.append("-DFUSEDFORMER_X86")
     commands = {}
     for source in sources():
-        variants: dict[str, list[str]] = {"": []}
+        variants = {"": ENTRY_FLAGS}
         if source.stem.endswith("_kernels"):
             variants = {
                 f".{isa}": [*KERNEL_FLAGS, *flags, f"-DFUSEDFORMER_ISA={isa}"]
