@@ -223,4 +223,4 @@ def test_kernels_define_nothing_that_another_file_could_use(tmp_path):
         kinds = {line.split()[-2] for line in symbols.splitlines()}
         assert not kinds & set("WwVvu"), target.name
         checked += 1
-    assert checked >= 3 * len(compiler.isas)
+    assert checked >= 2 * len(compiler.isas)

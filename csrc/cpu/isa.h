@@ -2,7 +2,7 @@
 //
 // A file csrc/cpu/*_kernels.cpp is compiled once for each instruction set below, with that set's
 // compiler flags and FUSEDFORMER_ISA defined as its name; every other file once, for the baseline.
-// A kernels file
+// A kernels file, with all the headers of kernels that it includes,
 //
 // - keeps all it defines in an anonymous namespace, but for one table of functions for each header:
 //       extern const RowKernels FUSEDFORMER_NAME(row_kernels) = {...};

@@ -1,5 +1,7 @@
 // Cross-entropy. The forward walks a row twice: for its maximum, then, from the cache, for the sum
 // of exponentials about it. The backward walks it once.
+#pragma once
+
 #include "cross_entropy.h"
 
 #include "row_math.h"

@@ -1,5 +1,7 @@
 // Dropout + add + layer norm. A row is read from memory once and kept in a buffer of floats in the
 // cache for the passes that follow: the mean, the variance about it, the result.
+#pragma once
+
 #include "layer_norm.h"
 
 #include "row_mask.h"

@@ -1,4 +1,6 @@
 // Dropout, and bias + activation + dropout, forward and backward.
+#pragma once
+
 #include "elementwise.h"
 
 #include "row_mask.h"
