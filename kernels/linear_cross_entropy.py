@@ -74,8 +74,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif a.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.bfloat16:
+        # No such matmul on a CPU. A chunk's product is rounded as a linear layer's gradient is; in
+        # float32 it would take four times as long.
+        total += torch.mm(a, b)
     else:
-        # No such matmul on a CPU: the operands are widened instead, exactly.
+        # What is rounded to float16 may overflow: widened instead, exactly.
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
