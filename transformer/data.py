@@ -219,12 +219,16 @@ def load_tokenizer(path: "str | Path") -> "Tokenizer":
     Raises:
         ValueError: it is none.
     """
-    library = _tokenizers()
     text = Path(path).read_text(encoding="utf-8")
     try:
-        return library.Tokenizer.from_str(text)
+        return tokenizer_from(text)
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+
+
+def tokenizer_from(text: str) -> "Tokenizer":
+    """The tokenizer that a tokenizer.json of this text holds."""
+    return _tokenizers().Tokenizer.from_str(text)
 
 
 def encode(

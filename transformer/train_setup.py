@@ -1,0 +1,208 @@
+"""From a run's data and fields to a task and a model."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fusedformer.transformer import checkpoint, data, datasets
+from fusedformer.transformer.bert import BERT, BERTConfig
+from fusedformer.transformer.config import ModelConfig
+from fusedformer.transformer.gpt import GPT, GPTConfig
+from fusedformer.transformer.presets import TrainConfig
+from fusedformer.transformer.seq2seq import Transformer, TransformerConfig
+from fusedformer.transformer.train_parallel import World
+from fusedformer.transformer.train_tasks import Classes, MaskedTokens, NextToken, Task, Translation
+from fusedformer.transformer.vit import ViT, ViTConfig
+
+_KINDS = {"seq2seq": "pairs", "gpt": "text", "bert": "text", "vit": "images"}
+
+
+class Setup(NamedTuple):
+    """All that a training needs."""
+
+    model: nn.Module
+    task: Task
+    tokenizer: Any  # None for images
+    about: dict[str, Any]  # for config.json
+    held_out: Sequence[Any]  # pairs or documents, for the report
+
+
+def set_up(
+    run: Mapping[str, Any],
+    model_config: ModelConfig,
+    config: TrainConfig,
+    out: Path,
+    world: World,
+    tell: Callable[[str], None],
+) -> Setup:
+    if world.rank > 0:
+        world.wait()  # for the first process, which fetches what is not there yet
+    training, held_out = _read(run, model_config)
+    if world.rank == 0:
+        world.wait()
+    torch.manual_seed(config.seed)
+    if isinstance(model_config, ViTConfig):
+        return _images(model_config, config, training, held_out, tell)
+
+    texts = [text for pair in training for text in pair] if run["task"] == "seq2seq" else training
+    tokenizer = _tokenizer(texts, model_config, out, world)
+    size = tokenizer.get_vocab_size()
+    model_config = dataclasses.replace(model_config, vocab_size=size)  # type: ignore[call-arg]
+    if isinstance(model_config, TransformerConfig):
+        return _pairs(model_config, config, training, held_out, tokenizer, tell)
+    return _text(model_config, config, training, held_out, tokenizer, tell)
+
+
+def _read(run: Mapping[str, Any], model_config: ModelConfig) -> tuple[Any, Any]:
+    """(training, held out) data."""
+    kind = _KINDS[run["task"]]
+    split: Callable[[Any], tuple[Any, Any]] = {
+        "pairs": data.split_pairs,
+        "text": data.split_documents,
+        "images": data.split_images,
+    }[kind]
+    whole = _read_one(run["data"], run["task"], model_config)
+    if run["held_out"] is None:
+        parts = split(whole)
+    else:
+        parts = whole, _read_one(run["held_out"], run["task"], model_config)
+        if kind == "images" and parts[0].classes != parts[1].classes:
+            raise ValueError(
+                f"{run['held_out']} has the classes {', '.join(parts[1].classes)}; "
+                f"{run['data']} has {', '.join(parts[0].classes)}"
+            )
+    for name, part in zip(("train on", "hold out"), parts, strict=True):
+        if not len(part.labels if kind == "images" else part):
+            raise ValueError(f"{run['data']} is too small: it leaves nothing to {name}")
+    return parts
+
+
+def _read_one(source: str, task: str, config: ModelConfig) -> Any:
+    kind = _KINDS[task]
+    if Path(source).exists():
+        if kind == "pairs":
+            return data.read_pairs(source)
+        if kind == "text":
+            return data.read_documents(source)
+        assert isinstance(config, ViTConfig)
+        return data.read_images(source, (config.channels, config.image_size, config.image_size))
+    if source not in datasets.DATASETS:
+        known = [name for name, found in datasets.DATASETS.items() if found.kind == kind]
+        raise ValueError(
+            f"data {source!r} is neither a file or folder nor a data set; those of {kind} are "
+            f"{', '.join(known)}"
+        )
+    if datasets.DATASETS[source].kind != kind:
+        raise ValueError(f"{source} holds {datasets.DATASETS[source].kind}; {task} wants {kind}")
+    loaded = datasets.load(source)
+    if isinstance(loaded, data.Images):
+        assert isinstance(config, ViTConfig)
+        wanted = (config.channels, config.image_size, config.image_size)
+        if loaded.pixels.shape[1:] != wanted:
+            channels, size, _ = loaded.pixels.shape[1:]
+            raise ValueError(
+                f"{source} has images with channels={channels}, image_size={size}; the model "
+                f"wants channels={wanted[0]}, image_size={wanted[1]}"
+            )
+    return loaded
+
+
+def _tokenizer(texts: Any, config: Any, out: Path, world: World) -> Any:
+    """That of the run, else one trained on the training data by the first process."""
+    found = checkpoint.steps(out)
+    if found:
+        return data.load_tokenizer(found[-1] / "tokenizer.json")
+    made = data.train_tokenizer(texts, config.vocab_size).to_str() if world.rank == 0 else None
+    return data.tokenizer_from(world.share(made))
+
+
+def _pairs(
+    config: TransformerConfig,
+    training_config: TrainConfig,
+    training: data.Pairs,
+    held_out: data.Pairs,
+    tokenizer: Any,
+    tell: Callable[[str], None],
+) -> Setup:
+    ids = []
+    parts = {"training": training, "held-out": held_out}
+    for name, pairs in parts.items():
+        sources = data.encode(tokenizer, [source for source, _ in pairs], eos=True)
+        targets = data.encode(tokenizer, [target for _, target in pairs], sos=True, eos=True)
+        if training_config.too_long == "drop":
+            # A target's <sos> is only read and its <eos> only predicted: one position for both.
+            fit = [
+                max(len(source), len(target) - 1) <= config.max_length
+                for source, target in zip(sources, targets, strict=True)
+            ]
+            if not all(fit):
+                tell(f"{fit.count(False)} of {len(fit)} {name} pairs are too long and left out")
+            sources, targets, parts[name] = (
+                [item for item, fits in zip(items, fit, strict=True) if fits]
+                for items in (sources, targets, pairs)
+            )
+        ids.append((sources, targets))
+    size, seed = training_config.batch_size, training_config.seed
+    task = Translation(config, *ids, size, seed)
+    tell(
+        f"{len(parts['training']):,} pairs to train on, {len(parts['held-out']):,} held out; "
+        f"{config.vocab_size} tokens"
+    )
+    return Setup(Transformer(config), task, tokenizer, {"task": "seq2seq"}, parts["held-out"])
+
+
+def _text(
+    config: Any,
+    training_config: TrainConfig,
+    training: data.Documents,
+    held_out: data.Documents,
+    tokenizer: Any,
+    tell: Callable[[str], None],
+) -> Setup:
+    backwards = training_config.right_to_left
+    ids = []
+    for texts in (training, held_out):
+        encoded = data.encode(tokenizer, texts)
+        ids.append(
+            [[data.SOS, *(text[::-1] if backwards else text), data.EOS] for text in encoded]
+        )
+        # <sos> and <eos> stand where documents begin and end.
+    counts = [sum(map(len, part)) for part in ids]
+    tell(
+        f"{counts[0]:,} tokens to train on, {counts[1]:,} held out; {config.vocab_size} kinds of "
+        "token"
+    )
+    size, seed = training_config.batch_size, training_config.seed
+    if isinstance(config, GPTConfig):
+        task: Task = NextToken(config, *ids, size, seed)
+        about = {"task": "gpt", "right_to_left": backwards}
+        return Setup(GPT(config), task, tokenizer, about, held_out)
+    assert isinstance(config, BERTConfig)
+    task = MaskedTokens(config, *ids, size, seed, training_config.masked)
+    model = BERT(config)
+    # Its other head has no part in this loss.
+    for layer in (model.pooler, model.classifier):
+        layer.requires_grad_(False)
+    return Setup(model, task, tokenizer, {"task": "bert"}, held_out)
+
+
+def _images(
+    config: ViTConfig,
+    training_config: TrainConfig,
+    training: data.Images,
+    held_out: data.Images,
+    tell: Callable[[str], None],
+) -> Setup:
+    config = dataclasses.replace(config, classes=len(training.classes))
+    size, seed, shift = training_config.batch_size, training_config.seed, training_config.shift
+    task = Classes(config, training, held_out, size, seed, shift)
+    tell(
+        f"{len(training.labels):,} images to train on, {len(held_out.labels):,} held out; "
+        f"{config.classes} classes"
+    )
+    about = {"task": "vit", "labels": training.classes, "mean": task.mean, "std": task.std}
+    return Setup(ViT(config), task, None, about, ())
