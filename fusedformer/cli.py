@@ -19,6 +19,7 @@ COMMANDS = {
     "data": ("fusedformer.data", "list and fetch the data sets that training knows"),
     "doctor": ("fusedformer.doctor", "say what each op runs on here, and why not on the rest"),
     "profile": ("fusedformer.benchmarks.profile", "measure how an op's cost grows with its sizes"),
+    "train": ("fusedformer.train", "train a model: translation, text, masked words, images"),
 }
 
 USER_ERROR = 2  # as argparse has it
