@@ -12,6 +12,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
     __path__.append(str(_here.parent))
 
 from fusedformer import nn
+from fusedformer.integrations.sdpa import sdpa
 from fusedformer.kernels.activation import bias_activation
 from fusedformer.kernels.attention import attention
 from fusedformer.kernels.cross_entropy import cross_entropy
@@ -48,5 +49,6 @@ __all__ = [
     "nn",
     "rms_norm",
     "scaled_dot_product_attention",
+    "sdpa",
     "use_backend",
 ]
