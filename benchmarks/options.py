@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from fusedformer.benchmarks import providers, text_lengths
-from fusedformer.benchmarks.providers import Case
+from fusedformer.benchmarks.ops import common
+from fusedformer.benchmarks.ops.attention import Case
 from fusedformer.benchmarks.sweep import Point
 from fusedformer.kernels.attention import MAX_HEAD_DIM
 
@@ -121,7 +122,7 @@ def parse(args: argparse.Namespace) -> Options:
     Raises:
         ValueError: naming the option, what was got and what is wanted.
     """
-    device = _device(args.device)
+    device = device_of(args.device)
     defaults = DEFAULTS[device]
     if args.text is not None and args.seq is not None:
         raise ValueError("--seq and --text both set the lengths; give one of them")
@@ -131,33 +132,37 @@ def parse(args: argparse.Namespace) -> Options:
     if text is not None:
         seq = tuple(sorted({part.length for part in text.bins}))
     else:
-        seq = _whole_list("--seq", args.seq or defaults["seq"])
+        seq = wholes("--seq", args.seq or defaults["seq"])
     sweep = args.head_dim_sweep
     if text is not None and sweep == "16,32,64,128,256":
         sweep = "0"  # a text says nothing of head dimensions
-    dims = () if sweep.strip() == "0" else _whole_list("--head-dim-sweep", sweep, MAX_HEAD_DIM)
+    dims = () if sweep.strip() == "0" else wholes("--head-dim-sweep", sweep, MAX_HEAD_DIM)
     return Options(
         seq=seq,
-        heads=_whole("--heads", args.heads or defaults["heads"]),
-        head_dim=_whole("--head-dim", args.head_dim, MAX_HEAD_DIM),
+        heads=whole("--heads", args.heads or defaults["heads"]),
+        head_dim=whole("--head-dim", args.head_dim, MAX_HEAD_DIM),
         head_dim_sweep=dims,
-        head_dim_seq=_whole("--head-dim-seq", args.head_dim_seq or str(HEAD_DIM_SEQ[device])),
-        batch=_whole("--batch", args.batch or defaults["batch"]),
-        dtype=_choice("--dtype", args.dtype or defaults["dtype"], tuple(providers.DTYPES)),
+        head_dim_seq=whole("--head-dim-seq", args.head_dim_seq or str(HEAD_DIM_SEQ[device])),
+        batch=whole("--batch", args.batch or defaults["batch"]),
+        dtype=choice("--dtype", args.dtype or defaults["dtype"], tuple(common.DTYPES)),
         causal={"yes": (True,), "no": (False,), "both": (False, True)}[
-            _choice("--causal", args.causal, ("yes", "no", "both"))
+            choice("--causal", args.causal, ("yes", "no", "both"))
         ],
-        dropout=_probabilities(args.dropout),
+        dropout=probabilities("--dropout", args.dropout),
         impl=_names(args.impl),
         device=device,
-        budget=_seconds(args.budget),
+        budget=seconds("--budget", args.budget),
         out=Path(args.out),
         text=text,
     )
 
 
-def _device(got: str) -> str:
-    device = _choice("--device", got, ("auto", "cpu", "cuda"))
+# --- Checks that other commands share; each raises ValueError with one sentence -------------------
+
+
+def device_of(got: str) -> str:
+    """"cpu" or "cuda", of an option --device that may say "auto"."""
+    device = choice("--device", got, ("auto", "cpu", "cuda"))
     # Devices are counted through the driver's library: CUDA itself stays untouched here.
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
@@ -165,13 +170,15 @@ def _device(got: str) -> str:
     return ("cuda" if has_gpu else "cpu") if device == "auto" else device
 
 
-def _choice(option: str, got: str, wanted: tuple[str, ...]) -> str:
+def choice(option: str, got: str, wanted: tuple[str, ...]) -> str:
+    """One of the names wanted."""
     if got not in wanted:
         raise ValueError(f"{option} got {got!r}; it wants one of {', '.join(wanted)}")
     return got
 
 
-def _whole(option: str, got: str, high: "int | None" = None) -> int:
+def whole(option: str, got: str, high: "int | None" = None) -> int:
+    """A whole number from 1 to ``high``."""
     bound = f" from 1 to {high}" if high else " of at least 1"
     try:
         value = int(got)
@@ -182,10 +189,11 @@ def _whole(option: str, got: str, high: "int | None" = None) -> int:
     return value
 
 
-def _whole_list(option: str, got: str, high: "int | None" = None) -> tuple[int, ...]:
+def wholes(option: str, got: str, high: "int | None" = None) -> tuple[int, ...]:
+    """Whole numbers from 1 to ``high`` with commas between them, sorted, each once."""
     bound = f" from 1 to {high}" if high else " of at least 1"
     try:
-        values = {_whole(option, part.strip(), high) for part in got.split(",")}
+        values = {whole(option, part.strip(), high) for part in got.split(",")}
     except ValueError:
         raise ValueError(
             f"{option} got {got!r}; it wants whole numbers{bound}, such as 32,64,128"
@@ -193,14 +201,15 @@ def _whole_list(option: str, got: str, high: "int | None" = None) -> tuple[int, 
     return tuple(sorted(values))
 
 
-def _probabilities(got: str) -> tuple[float, ...]:
+def probabilities(option: str, got: str) -> tuple[float, ...]:
+    """Numbers from 0 to below 1 with commas between them, sorted, each once."""
     try:
         values = {float(part) for part in got.split(",")}
     except ValueError:
         values = {math.nan}
     if not all(0 <= value < 1 for value in values):
         raise ValueError(
-            f"--dropout got {got!r}; it wants numbers from 0 to below 1, such as 0,0.1"
+            f"{option} got {got!r}; it wants numbers from 0 to below 1, such as 0,0.1"
         )
     return tuple(sorted(values))
 
@@ -214,13 +223,14 @@ def _names(got: str) -> tuple[str, ...]:
     return tuple(name for name in providers.IMPLS if name in names)
 
 
-def _seconds(got: str) -> float:
+def seconds(option: str, got: str) -> float:
+    """A number above 0."""
     try:
         value = float(got)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise ValueError(f"--budget got {got!r}; it wants a number of seconds above 0")
+        raise ValueError(f"{option} got {got!r}; it wants a number of seconds above 0")
     return value
 
 

@@ -7,7 +7,8 @@ import warnings
 import torch
 
 from fusedformer.benchmarks import environment, memory, providers, timing, workers
-from fusedformer.benchmarks.providers import Case
+from fusedformer.benchmarks.ops import attention, common
+from fusedformer.benchmarks.ops.attention import Case
 
 # Starts thread pools and pages code in without touching memory that would count.
 _TINY = 32
@@ -20,7 +21,7 @@ def describe(device: str) -> dict:
 
 def _warm(impl: str, case: Case) -> None:
     small = case.at(seq=min(_TINY, case.seq))
-    forward, backward = providers.call(impl, small, providers.inputs(small))
+    forward, backward = providers.call(impl, small, attention.inputs(small))
     backward(forward())
 
 
@@ -29,10 +30,10 @@ def look(impls: list[str], case: Case) -> "tuple[dict[str, str], int | None]":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the row says what the warning would
         size = (case.batch, case.heads, case.seq, case.head_dim)
-        dtype = providers.DTYPES[case.dtype]
+        dtype = common.DTYPES[case.dtype]
         # Never filled: choosing a backend looks at shapes alone.
         like = torch.empty(size, dtype=dtype, device=case.device, requires_grad=True)
-        backends = {impl: providers.backend(impl, case, [like] * 4) for impl in impls}
+        backends = {impl: providers.backend(impl, case, [like] * 3) for impl in impls}
     return backends, memory.available(case.device)
 
 
@@ -47,9 +48,9 @@ def peak_memory(impl: str, case: Case) -> tuple[dict, dict]:
         warnings.simplefilter("ignore")
         if case.device == "cpu":
             memory.return_freed_blocks()
-        tensors = providers.inputs(case)
+        held = attention.inputs(case)
         _warm(impl, case)
-        forward, backward = providers.call(impl, case, tensors)
+        forward, backward = providers.call(impl, case, held)
         clock = timing.WallClock()
         meter = memory.PeakMeter(case.device)
         out, forward_ms = clock.measure(forward)
@@ -80,13 +81,16 @@ def times(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tensors = providers.inputs(case)
+        held = attention.inputs(case)
         for impl in impls:
             # One that fails does so again, and is recorded, when it is timed.
             with contextlib.suppress(Exception):
                 _warm(impl, case)
         found = timing.time_interleaved(
-            {impl: providers.call(impl, case, tensors) for impl in impls},
+            {
+                impl: timing.forward_then_backward(*providers.call(impl, case, held))
+                for impl in impls
+            },
             timing.clock_for(case.device),
             seconds=seconds,
             max_rounds=rounds,

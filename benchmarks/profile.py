@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fusedformer.benchmarks import options as options_module
 from fusedformer.benchmarks import page, points, providers, results, tables, terminal, workers
+from fusedformer.benchmarks.document import COMPLETE, CUT, Document
 from fusedformer.benchmarks.options import Options
 from fusedformer.benchmarks.sweep import PASSES, Point, Sweep
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         environment = pool.run(points.describe, options.device)
         if environment.status != workers.OK:
             raise OSError(f"a worker process cannot start: {environment.reason}")
-        document = results.Document(
+        document = results.new_document(
             options.out / "attention.json",
             options.as_dict(),
             environment.value,
@@ -56,23 +57,22 @@ def run(args: argparse.Namespace) -> int:
         document.data["rows"] = sweep.rows
         try:
             _measure(sweep, options, document)
-            state = "complete"
+            state = COMPLETE
         except KeyboardInterrupt:
-            state = "interrupted"
-    document.data["seconds"] = time.perf_counter() - started
-    document.finish(state)
+            state = CUT
+    results.finish(document, state)
     written = _write(document, options.out)
     terminal.show(tables.everything(document.data))
     print()
     for line in document.data["left_out"]:
         print(f"Left out: {line}")
-    if state == "interrupted":
+    if state == CUT:
         print("Interrupted: the files hold what was measured up to then.")
     print(f"{document.data['seconds']:.0f} s. Written: {', '.join(map(str, written))}")
-    return INTERRUPTED if state == "interrupted" else 0
+    return INTERRUPTED if state == CUT else 0
 
 
-def _measure(sweep: Sweep, options: Options, document: results.Document) -> None:
+def _measure(sweep: Sweep, options: Options, document: Document) -> None:
     plan = options.plan()
     with terminal.Progress(len(plan) + 1) as progress:
 
@@ -122,7 +122,7 @@ def _errors(sweep: Sweep, options: Options) -> list[dict]:
     return found
 
 
-def _write(document: results.Document, folder: Path) -> list[Path]:
+def _write(document: Document, folder: Path) -> list[Path]:
     """Writes chart and page beside the JSON file; what cannot be drawn goes to "left_out"."""
     data, left_out = document.data, document.data["left_out"]
     written = [document.path]

@@ -1,14 +1,10 @@
-"""The result document of a profile: rows, fits, environment; a cut loses nothing measured."""
+"""What a profile's document holds beside its rows: series, fits, what a text costs."""
 
-import json
-import os
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 
 from fusedformer.benchmarks import fit, memory, workers
-
-SCHEMA_VERSION = 1
+from fusedformer.benchmarks.document import Document
 
 # What is fitted: key -> (title, factor to the table's unit, floor in that unit, unit)
 QUANTITIES = {
@@ -113,48 +109,32 @@ def text_totals(rows: list[dict], bins: list[dict]) -> list[dict]:
     return found
 
 
-class Document:
-    """The document while it grows; save() replaces the file in one step.
+def new_document(
+    path: Path, options: dict, environment: dict, text: "dict | None"
+) -> Document:
+    """The document of a profile that begins; ``text`` is that of TextLengths.as_dict(), or None."""
+    return Document(
+        path,
+        "profile attention",
+        options,
+        environment,
+        memory_method=memory.METHODS[environment["device"]],
+        text=text,
+        errors=[],
+        rows=[],
+        fits=[],
+        text_totals=[],
+        left_out=[],
+    )
 
-    Args:
-        path: the JSON file.
-        options: of the command, JSON-ready.
-        environment: of environment.describe().
-        text: of TextLengths.as_dict(), or None.
-    """
 
-    def __init__(self, path: Path, options: dict, environment: dict, text: "dict | None") -> None:
-        self.path = path
-        self.data: dict = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "profile attention",
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "state": "running",
-            "seconds": 0.0,
-            "options": options,
-            "environment": environment,
-            "memory_method": memory.METHODS[environment["device"]],
-            "text": text,
-            "errors": [],
-            "rows": [],
-            "fits": [],
-            "text_totals": [],
-            "left_out": [],
-        }
-
-    def finish(self, state: str) -> None:
-        """Computes what follows from the rows; ``state`` is "complete" or "interrupted"."""
-        self.data["state"] = state
-        self.data["fits"] = fits(self.data["rows"])
-        if self.data["text"]:
-            self.data["text_totals"] = text_totals(self.data["rows"], self.data["text"]["bins"])
-        self.save()
-
-    def save(self) -> None:
-        """Writes the document as it is."""
-        partial = self.path.with_name(self.path.name + ".part")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+def finish(document: Document, state: str) -> None:
+    """Computes what follows from the rows, and saves."""
+    data = document.data
+    data["fits"] = fits(data["rows"])
+    if data["text"]:
+        data["text_totals"] = text_totals(data["rows"], data["text"]["bins"])
+    document.finish(state)
 
 
 def variants(rows: list[dict], sweep: str) -> Iterator[tuple[bool, float]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from fusedformer.benchmarks import points, providers, timing, workers
-from fusedformer.benchmarks.providers import Case
+from fusedformer.benchmarks.ops.attention import Case
 from fusedformer.benchmarks.workers import Outcome, Workers
 
 DOES_NOT_FIT, OVER_BUDGET = "does not fit", "over budget"

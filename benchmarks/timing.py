@@ -6,8 +6,10 @@ of the machine falls on all of them alike; ratios within one run mean more than 
 """
 
 import functools
+import itertools
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ Backward = Callable[[Any], Any]
 # Twice the largest L2 cache of today's chips (B200: 126 MB).
 _FLUSH_BYTES = 256 * 2**20
 
+# A sample on a CPU lasts at least this long: shorter calls are repeated within it.
+_SAMPLE_MS = 1.0
+_MOST_REPEATS = 1000
+
 
 class WallClock:
     """Milliseconds of wall time of calls that return when they are done."""
@@ -27,6 +33,10 @@ class WallClock:
         start = time.perf_counter()
         result = call()
         return result, (time.perf_counter() - start) * 1e3
+
+    def repeats(self, milliseconds: float) -> int:
+        """How many calls of this length make one sample."""
+        return min(_MOST_REPEATS, max(1, math.ceil(_SAMPLE_MS / max(milliseconds, 1e-6))))
 
 
 class CudaClock:
@@ -49,13 +59,80 @@ class CudaClock:
         self._end.synchronize()
         return result, self._start.elapsed_time(self._end)
 
+    def repeats(self, milliseconds: float) -> int:
+        """One: a second call would find the cache warm."""
+        return 1
 
-def clock_for(device: str) -> "WallClock | CudaClock":
-    """The clock of a device type, "cpu" or "cuda"."""
-    return CudaClock() if device == "cuda" else WallClock()
+
+class HostClock(WallClock):
+    """Milliseconds that a GPU call keeps the host busy: the queue is empty before it."""
+
+    def measure(self, call: Call) -> tuple[Any, float]:
+        """The call's result and the time until it returned, in milliseconds."""
+        torch.cuda.synchronize()
+        return super().measure(call)
 
 
-def quantile(samples: list[float], q: float) -> float:
+Clock = WallClock | CudaClock
+# Takes one sample: what it measured, by name, in milliseconds.
+Sample = Callable[[Clock], dict[str, float]]
+
+
+def clock_for(device: str, host: bool = False) -> Clock:
+    """The clock of a device type, "cpu" or "cuda"; with ``host`` that of the calling thread."""
+    if device != "cuda":
+        return WallClock()
+    return HostClock() if host else CudaClock()
+
+
+def forward_then_backward(forward: Call, backward: Backward) -> Sample:
+    """Samples "forward_ms" and "backward_ms", one after the other, each timed alone."""
+
+    def sample(clock: Clock) -> dict[str, float]:
+        out, forward_ms = clock.measure(forward)
+        _, backward_ms = clock.measure(functools.partial(backward, out))
+        return {"forward_ms": forward_ms, "backward_ms": backward_ms}
+
+    return sample
+
+
+def backward_alone(pairs: Sequence[tuple[Call, Backward]]) -> Sample:
+    """Samples "ms" of the backward; its forward runs outside the clock. Pairs take turns."""
+    turns = itertools.cycle(pairs)
+
+    def sample(clock: Clock) -> dict[str, float]:
+        forward, backward = next(turns)
+        return {"ms": clock.measure(functools.partial(backward, forward()))[1]}
+
+    return sample
+
+
+def whole(calls: Sequence[Call]) -> Sample:
+    """Samples "ms" of one call; calls, one for each set of inputs, take turns.
+
+    A call far shorter than a clock can tell is repeated within its sample, which is then the mean.
+    """
+    turns = itertools.cycle(calls)
+    seen: list[float] = []  # single calls; the first may compile, so the second counts
+
+    def sample(clock: Clock) -> dict[str, float]:
+        repeats = clock.repeats(min(seen)) if len(seen) == 2 else 1
+        if repeats == 1:
+            _, milliseconds = clock.measure(next(turns))
+            if len(seen) < 2:
+                seen.append(milliseconds)
+            return {"ms": milliseconds}
+
+        def several() -> None:
+            for _ in range(repeats):
+                next(turns)()
+
+        return {"ms": clock.measure(several)[1] / repeats}
+
+    return sample
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
     """The q-quantile (0 to 1) of samples, interpolated between neighbours."""
     ordered = sorted(samples)
     place = q * (len(ordered) - 1)
@@ -75,51 +152,46 @@ def summary(samples: list[float]) -> dict:
 
 
 def time_interleaved(
-    calls: Mapping[str, tuple[Call, Backward]],
-    clock: "WallClock | CudaClock",
+    samples: Mapping[str, Sample],
+    clock: Clock,
     *,
     seconds: float,
     min_rounds: int = 1,
     max_rounds: int = 20,
     warmup: int = 1,
 ) -> dict[str, dict]:
-    """Times forward and backward of several implementations, interleaved.
+    """Times several implementations, interleaved.
 
     Args:
-        calls: name -> (forward, backward); backward takes what forward returned.
+        samples: name -> what takes one sample of it.
         clock: see clock_for().
         seconds: rounds go on until this much time is spent (warm-up not counted).
         min_rounds, max_rounds: bounds on the number of rounds, whatever the time.
-        warmup: calls of each implementation before the first round.
+        warmup: samples of each implementation that are thrown away before the first round.
 
     Returns:
-        name -> {"forward_ms": [...], "backward_ms": [...]}, one sample a round, or
-        {"error": exception}: one that raises is left out of further rounds and stops no other.
+        name -> {"forward_ms": [...], ...}, one sample a round, or {"error": exception}: one that
+        raises is left out of further rounds and stops no other.
     """
-    found: dict[str, dict] = {name: {"forward_ms": [], "backward_ms": []} for name in calls}
-    for name, (forward, backward) in calls.items():
+    found: dict[str, dict] = {name: {} for name in samples}
+    for name, sample in samples.items():
         try:
             for _ in range(warmup):
-                backward(forward())
+                sample(clock)
         except Exception as error:
             found[name] = _failed(error)
-    order = [name for name in calls if "error" not in found[name]]
+    order = [name for name in samples if "error" not in found[name]]
     start = time.perf_counter()
     for done in range(max_rounds):
         if not order or (done >= min_rounds and time.perf_counter() - start > seconds):
             break
         for name in list(order):
-            forward, backward = calls[name]
             try:
-                out, forward_ms = clock.measure(forward)
-                _, backward_ms = clock.measure(functools.partial(backward, out))
-                del out
+                for what, milliseconds in samples[name](clock).items():
+                    found[name].setdefault(what, []).append(milliseconds)
             except Exception as error:
                 found[name] = _failed(error)
                 order.remove(name)
-                continue
-            found[name]["forward_ms"].append(forward_ms)
-            found[name]["backward_ms"].append(backward_ms)
         order = order[1:] + order[:1]
     return found
 

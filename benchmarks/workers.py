@@ -8,6 +8,7 @@ replaced when it dies.
 
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,11 @@ import torch
 from fusedformer.benchmarks import memory
 
 # The second is what torch.autograd.grad imports at its first call: a quarter of a second.
-_PRELOAD = ["fusedformer.benchmarks.points", "torch.fx.experimental.symbolic_shapes"]
+_PRELOAD = [
+    "fusedformer.benchmarks.points",
+    "fusedformer.benchmarks.measure",
+    "torch.fx.experimental.symbolic_shapes",
+]
 
 OK, OUT_OF_MEMORY, TOO_SLOW, FAILED = "ok", "out of memory", "too slow", "failed"
 
@@ -64,11 +69,14 @@ class Workers:
 
     Args:
         fresh: a new process for every call; else one for all calls.
+        env: environment variables that libraries read when they are loaded; such processes are
+            started anew, never forked.
     """
 
-    def __init__(self, fresh: bool) -> None:
+    def __init__(self, fresh: bool, env: "dict[str, str] | None" = None) -> None:
         self._fresh = fresh
-        forks = fresh and "forkserver" in multiprocessing.get_all_start_methods()
+        self._env = env or {}
+        forks = fresh and not env and "forkserver" in multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             self._context.set_forkserver_preload(_PRELOAD)
@@ -83,8 +91,18 @@ class Workers:
 
     def _start(self) -> None:
         self._connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
+        # Not daemonic: torch.compile has processes of its own.
+        self._process = self._context.Process(target=_serve, args=(theirs,))
+        before = {name: os.environ.get(name) for name in self._env}
+        os.environ.update(self._env)
+        try:
+            self._process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
         theirs.close()
 
     def _end(self) -> None:

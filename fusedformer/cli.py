@@ -15,6 +15,7 @@ import fusedformer
 # subcommand -> its module, and what --help says of it
 COMMANDS = {
     "aot": ("fusedformer.aot", "compile every GPU kernel without a GPU, and hold it to budgets"),
+    "bench": ("fusedformer.benchmarks.bench", "time the ops beside those of PyTorch and others"),
     "build": ("fusedformer.build", "compile the C++ kernels ahead of their first use"),
     "data": ("fusedformer.data", "list and fetch the data sets that training knows"),
     "doctor": ("fusedformer.doctor", "say what each op runs on here, and why not on the rest"),

@@ -12,6 +12,7 @@ import torch
 
 from fusedformer import cli
 from fusedformer.benchmarks import (
+    document,
     memory,
     page,
     points,
@@ -23,7 +24,8 @@ from fusedformer.benchmarks import (
     terminal,
     workers,
 )
-from fusedformer.benchmarks.providers import Case
+from fusedformer.benchmarks.ops import attention, common
+from fusedformer.benchmarks.ops.attention import Case
 
 TINY = ["--device", "cpu", "--seq", "16,32", "--heads", "2", "--head-dim", "8"]
 TINY += ["--head-dim-sweep", "16", "--head-dim-seq", "16"]
@@ -56,26 +58,26 @@ def test_backend_is_the_one_that_runs(dropout_p, monkeypatch):
     from fusedformer.kernels import dispatch
 
     case = Case(1, 2, 16, 8, dropout_p=dropout_p)
-    tensors = providers.inputs(case)
+    held = attention.inputs(case)
     ran = []
     pick = dispatch.pick
     monkeypatch.setattr(
         dispatch, "pick", lambda *args: ran.append(pick(*args).__name__) or pick(*args)
     )
-    said = providers.backend("fused", case, tensors)
-    forward, backward = providers.call("fused", case, tensors)
+    said = providers.backend("fused", case, held.args)
+    forward, backward = providers.call("fused", case, held)
     backward(forward())
     assert len(set(ran)) == 1
     assert said in dispatch.BACKENDS
     assert dispatch.BACKENDS[said].format(file=dispatch.OPS["attention"]) == ran[0]
 
 
-@pytest.mark.parametrize("dtype", providers.DTYPES)
+@pytest.mark.parametrize("dtype", common.DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("impl", providers.IMPLS)
 def test_implementations_agree_with_float64(impl, causal, dtype):
     errors = providers.error_of(impl, Case(1, 2, 33, 8, dtype=dtype, causal=causal))
-    bound = 20 * torch.finfo(providers.DTYPES[dtype]).eps
+    bound = 20 * torch.finfo(common.DTYPES[dtype]).eps
     assert 0 < errors["forward"] < bound
     assert 0 < errors["backward"] < bound
 
@@ -185,7 +187,7 @@ def whole_run(tmp_path_factory):
 
 def test_json(whole_run):
     _, found = whole_run
-    assert found["schema_version"] == results.SCHEMA_VERSION
+    assert found["schema_version"] == document.SCHEMA_VERSION
     assert found["state"] == "complete"
     assert found["environment"]["torch"] == torch.__version__
     assert found["environment"]["rng_version"] >= 1

@@ -1,0 +1,111 @@
+"""``fusedformer bench``: implementations of an op beside each other, measured in one run.
+
+Times are medians of rounds in which implementations take turns; beside each stands its error
+against float64. docs/benchmarks.md has the method, docs/result-schema.md the result file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fusedformer.benchmarks import (
+    bench_options,
+    bench_tables,
+    document,
+    points,
+    suites,
+    terminal,
+    workers,
+)
+from fusedformer.benchmarks.bench_options import Options
+from fusedformer.benchmarks.document import COMPLETE, CUT, Document
+from fusedformer.benchmarks.measure import look
+from fusedformer.benchmarks.ops.registry import OPS
+from fusedformer.benchmarks.options import device_of, make_folder
+from fusedformer.benchmarks.runner import OVER_BUDGET, Runner
+from fusedformer.benchmarks.tables import Table
+
+KIND = "bench"
+INTERRUPTED = 130
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    bench_options.add_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what the options ask for; returns the exit code.
+
+    Raises:
+        ValueError: an option is wrong; the text is one sentence that names it.
+    """
+    if args.list:
+        return _list(device_of(args.device))
+    options = bench_options.parse(args)
+    for path in (options.json, options.plot):
+        make_folder(path.parent)
+    with Runner(options.device, options.limits) as runner:
+        held = _document(options, runner)
+        said = held.data["environment"]
+        print(f"{said['device_name']}, PyTorch {said['torch']}", file=sys.stderr, flush=True)
+        held.data["rows"] = runner.rows
+        try:
+            _measure(runner, options, held)
+            state = COMPLETE
+        except KeyboardInterrupt:
+            state = CUT
+    held.finish(state)
+    _show(options, held)
+    return INTERRUPTED if state == CUT else 0
+
+
+def _document(options: Options, runner: Runner) -> Document:
+    """The document of this run, with the rows of the one that it goes on with."""
+    environment = runner.pool().run(points.describe, options.device)
+    if environment.status != workers.OK:
+        raise OSError(f"a worker process cannot start: {environment.reason}")
+    if options.resume and options.json.is_file():
+        before = document.read(options.json, KIND)
+        for name in ("device_name", "torch", "triton", "fusedformer", "commit", "threads"):
+            if before["environment"][name] != environment.value[name]:
+                raise ValueError(
+                    f"--resume: {options.json} was measured with {name} "
+                    f"{before['environment'][name]!r}; here it is {environment.value[name]!r}"
+                )
+        runner.rows += [row for row in before["rows"] if row["status"] != OVER_BUDGET]
+    return Document(options.json, KIND, options.said, environment.value, rows=[], left_out=[])
+
+
+def _measure(runner: Runner, options: Options, held: Document) -> None:
+    held.save()
+    with terminal.Progress(len(options.entries)) as progress:
+        for _ in runner.run(options.entries, lambda entry: progress.step(entry.named())):
+            held.save()
+
+
+def _show(options: Options, held: Document) -> None:
+    if options.csv == "-":
+        print(bench_tables.csv_text(held.data, options.metrics), end="")
+    else:
+        terminal.show(bench_tables.everything(held.data, options.metrics))
+        if options.csv:
+            text = bench_tables.csv_text(held.data, options.metrics)
+            Path(options.csv).write_text(text, encoding="utf-8")
+    said = f"{held.data['seconds']:.0f} s. Written: {options.json}"
+    if held.data["state"] == CUT:
+        said += f". Interrupted: --resume --json {options.json} goes on"
+    print(said, file=sys.stderr)
+
+
+def _list(device: str) -> int:
+    """Every op and suite, every implementation, and why those that cannot run cannot."""
+    body = []
+    for op in OPS.values():
+        case = suites.sample(op.name, device)
+        refusals, _ = look(op.name, list(op.impls), case)
+        for name, impl in op.impls.items():
+            body.append([op.name, name, impl.version() or "", impl.about, refusals[name] or "here"])
+    terminal.show([Table(f"On {device}", ["op", "implementation", "", "what", "runs"], body)])
+    print(f"\nSuites: {', '.join(suites.SUITES)}")
+    return 0

@@ -1,0 +1,166 @@
+"""The tables of a bench run, as plain data for terminal, page and CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from fusedformer.benchmarks import metrics, workers
+from fusedformer.benchmarks.suites import MEMORY, OVERHEAD
+from fusedformer.benchmarks.tables import Table, number
+
+
+def _speed(found: "dict[str, float] | None") -> str:
+    if found is None:
+        return "—"
+    text = f"{_times(found['median'])}x"
+    if found["p20"] != found["p80"]:
+        text += f" ({_times(found['p20'])} to {_times(found['p80'])})"
+    return text
+
+
+def _times(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _cost(row: "dict | None") -> str:
+    if row is None:
+        return "—"
+    if row["status"] != workers.OK:
+        return row["status"]
+    if row["quantity"] == MEMORY:
+        return f"{number(metrics.METRICS['memory'].value(row, None))} MiB"
+    milliseconds = row["ms"]["median"]
+    if row["quantity"] == OVERHEAD or milliseconds < 0.1:
+        return f"{number(milliseconds * 1e3)} µs"
+    return f"{number(milliseconds)} ms"
+
+
+def _shown_error(row: "dict | None") -> str:
+    found = (row or {}).get("error")
+    if not found:
+        return "—"
+    return " / ".join(f"{found[p]:.1e}" for p in ("forward", "backward") if found[p] is not None)
+
+
+def entries(rows: list[dict]) -> dict[str, dict[str, dict]]:
+    """The rows by entry, then by implementation, both in order of appearance."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault(row["key"], {})[row["impl"]] = row
+    return found
+
+
+def reach(document: dict) -> list[Table]:
+    """One line an entry: baseline and ours, their ratio, the goals, and both errors."""
+    body = []
+    goals = False
+    for members in entries(document["rows"]).values():
+        ours = members.get("fused")
+        if ours is None:
+            continue
+        base = members.get(ours["baseline"])
+        found = metrics.ratio(ours, base) if base is not ours else None
+        at_least, aim = ours["at_least"], ours["aim"]
+        goals = goals or at_least is not None
+        body.append(
+            [
+                ours["title"], _cost(base), _cost(ours), _speed(found),
+                "" if at_least is None else f"{at_least:g}x", "" if aim is None else f"{aim:g}x",
+                _reached(found, at_least, aim), _shown_error(base), _shown_error(ours),
+            ]
+        )  # fmt: skip
+    if not body:
+        return []
+    head = ["", "baseline", "fused", "ratio", "at least", "aim", "reached"]
+    head += ["error: baseline", "error: fused"]
+    if not goals:
+        keep = [0, 1, 2, 3, 7, 8]
+        head, body = [head[i] for i in keep], [[line[i] for i in keep] for line in body]
+    names = sorted({row["baseline"] for row in document["rows"]})
+    return [
+        Table(
+            f"Against the baseline ({', '.join(names)}): cost of the baseline over ours",
+            head,
+            body,
+            (
+                "Ratios: median of the ratios of each round, with their 20/80 percentiles. "
+                "Errors: relative to float64, forward / worst gradient.",
+            ),
+        )
+    ]
+
+
+def _reached(
+    found: "dict[str, float] | None", at_least: "float | None", aim: "float | None"
+) -> str:
+    if at_least is None:
+        return ""
+    if found is None:
+        return "not measured"
+    if aim is not None and found["median"] >= aim:
+        return "aim"
+    return "yes" if found["median"] >= at_least else "no"
+
+
+def details(document: dict, names: "Sequence[str]" = metrics.DEFAULT) -> list[Table]:
+    """For each entry, every implementation with the metrics named; what did not run says why."""
+    found = []
+    for members in entries(document["rows"]).values():
+        columns = [metrics.METRICS[name] for name in names]
+        body = []
+        for row in members.values():
+            base = members.get(row["baseline"])
+            cells = [column.text(column.value(row, base)) for column in columns]
+            ran = row["label"] + (f" {row['version']}" if row["version"] else "")
+            said = "" if row["status"] == workers.OK else f"{row['status']}: {row['reason']}"
+            body.append([ran, *cells, said])
+        used = [
+            i
+            for i in range(len(columns) + 2)
+            if i == 0 or any(line[i] not in ("", "—") for line in body)
+        ]
+        head = ["ran", *(column.head for column in columns), ""]
+        first = next(iter(members.values()))
+        found.append(
+            Table(
+                _caption(first),
+                [head[i] for i in used],
+                [[line[i] for i in used] for line in body],
+            )
+        )
+    return found
+
+
+def _caption(row: dict) -> str:
+    shown = ", ".join(
+        f"{name} {value}"
+        for name, value in row["case"].items()
+        if name != "device" and value not in (False, 0.0, 0)
+    )
+    return f"{row['title']} ({shown})"
+
+
+_PLAIN = ("op", "mode", "quantity", "isa")
+
+
+def csv_text(document: dict, names: "Sequence[str]" = metrics.DEFAULT) -> str:
+    """The rows as CSV: problem, what ran, the metrics as plain numbers, status and reason."""
+    rows = document["rows"]
+    sizes = list(dict.fromkeys(name for row in rows for name in row["case"]))
+    held = io.StringIO()
+    writer = csv.writer(held, lineterminator="\n")
+    writer.writerow([*_PLAIN, *sizes, "impl", "label", "version", *names, "status", "reason"])
+    for row in rows:
+        base = metrics.baseline_of(row, rows)
+        values = [metrics.METRICS[name].value(row, base) for name in names]
+        writer.writerow(
+            [row[name] for name in _PLAIN]
+            + [row["case"].get(name, "") for name in sizes]
+            + [row["impl"], row["label"], row["version"], *values, row["status"], row["reason"]]
+        )
+    return held.getvalue()
+
+
+def everything(document: dict, names: "Sequence[str]" = metrics.DEFAULT) -> list[Table]:
+    """All tables, details first, so that the summary ends the output of a terminal."""
+    return [*details(document, names), *reach(document)]
