@@ -1,6 +1,7 @@
 """What the tests of modules share: one of ours beside its twin from torch.nn."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -49,13 +50,34 @@ def assert_agree(
     inputs: dict[str, Tensor],
     terms: float = 0.0,
 ) -> None:
-    """Outputs and all gradients by tests/bounds.py, the twin in float64 being the truth."""
-    truth = copy.deepcopy(theirs).double()
+    """Outputs and all gradients by tests/bounds.py, the twin in float64 being the truth.
+
+    The outputs, and the gradients, are taken as one tensor each, every part of which is scaled by
+    a power of two to be at most 1: an error made in one layer goes through all those below, so that
+    what eager's happens to be in one small tensor says little.
+    """
     wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    expected = outputs_and_gradients(truth, call, wide)
+    truth = outputs_and_gradients(copy.deepcopy(theirs).double(), call, wide)
     eager = outputs_and_gradients(theirs, call, inputs)
     actual = outputs_and_gradients(ours, call, inputs)
-    assert actual.keys() == eager.keys() == expected.keys()
-    for name in expected:
-        assert actual[name].dtype == eager[name].dtype, name
-        assert_within_bound(name, actual[name], eager[name], expected[name], terms)
+    assert_all_within_bound(actual, eager, truth, terms)
+
+
+def assert_all_within_bound(
+    actual: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], terms: float
+) -> None:
+    """What assert_agree() says, of results of outputs_and_gradients()."""
+    assert actual.keys() == eager.keys() == truth.keys()
+    for kind in ("output", "gradient"):
+        parts: list[list[Tensor]] = [[], [], []]
+        errors = {}
+        for name in (name for name in truth if name.startswith(kind)):
+            assert actual[name].dtype == eager[name].dtype, name
+            assert actual[name].shape == truth[name].shape, name
+            unit = 2.0 ** math.ceil(math.log2(float(truth[name].abs().max()) or terms))
+            for part, found in zip(parts, (actual, eager, truth), strict=True):
+                part.append(found[name].flatten() / unit)
+            errors[name] = float((parts[0][-1] - parts[2][-1]).abs().max())
+        if errors:
+            label = f"{kind}s (worst: {max(errors, key=errors.__getitem__)})"
+            assert_within_bound(label, *(torch.cat(part) for part in parts))

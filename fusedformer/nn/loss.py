@@ -19,6 +19,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         check_floating("CrossEntropyLoss", "input", input)
+        if target.is_floating_point():
+            raise TypeError(
+                "CrossEntropyLoss: target must be class indices (class probabilities are not "
+                f"supported, torch.nn.CrossEntropyLoss takes them); got {target.dtype}"
+            )
         logits, flat = input, target
         if input.dim() > 2:
             if target.shape != input.shape[:1] + input.shape[2:]:

@@ -70,8 +70,12 @@ class _Layer(torch.nn.Module):
             return self.linear2(self.dropout(self.activation(self.linear1(x))))
         p = self.dropout.p if self.dropout.training else 0.0
         bias, linear = None, self.linear1
-        if type(linear) is torch.nn.Linear and not (
-            linear._forward_hooks or linear._forward_pre_hooks
+        # ReLU's derivative jumps at zero, so that the sum must not change its sign: a product that
+        # is rounded to 16 bits before its bias is added can. The others are smooth.
+        if (
+            name != "relu"
+            and type(linear) is torch.nn.Linear
+            and not (linear._forward_hooks or linear._forward_pre_hooks)
         ):
             # Bias, activation and dropout are one kernel, forward and backward.
             hidden, bias = functional.linear(x, linear.weight), linear.bias
