@@ -6,7 +6,7 @@ masked out, or the class of the whole sequence.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,11 @@ class BERT(nn.Module):
         x = self._masked_lm_input(hidden)
         return functional.linear(x, self.token_embedding.weight, self.head_bias)
 
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """That of masked_lm(hidden), which is never all there; options: linear_cross_entropy()."""
+        x, weight = self._masked_lm_input(hidden), self.token_embedding.weight
+        return linear_cross_entropy(x, weight, labels, linear_bias=self.head_bias, **options)
+
     def _pooled(self, hidden: Tensor) -> Tensor:
         """What stands for the whole sequence, (B, d_model): its first token, [CLS]."""
         pooled = torch.tanh(self.pooler(hidden[:, 0]))
@@ -137,11 +142,8 @@ class BERT(nn.Module):
             labels: (B, N) int, what stood there; -100 where nothing is to be predicted.
             segments, lengths: as in forward().
         """
-        x = self._masked_lm_input(self(tokens, segments, lengths))
-        return linear_cross_entropy(
-            x, self.token_embedding.weight, labels, linear_bias=self.head_bias,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+        hidden = self(tokens, segments, lengths)
+        return self.cross_entropy(hidden, labels, label_smoothing=label_smoothing)
 
     def classification_loss(
         self,

@@ -96,11 +96,6 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def output_weight(model: "GPT | Transformer") -> Tensor:
-    """That of the layer which makes logits of model.hidden(...), (V, d_model)."""
-    return model.token_embedding.weight if isinstance(model, GPT) else model.output_weight()
-
-
 def _checked_prompt(model, prompt, source, start_token) -> Tensor:
     """The prompt, for a Transformer without one its start token."""
     if not isinstance(model, GPT | Transformer):
@@ -200,7 +195,7 @@ class _Rows:
             hidden = hidden[:, -1]
         else:
             hidden = hidden[torch.arange(self.batch, device=self.device), last]
-        return functional.linear(hidden, output_weight(self.model))
+        return self.model.logits(hidden)
 
     def take(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was; there may be more rows, or fewer."""

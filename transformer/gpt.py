@@ -6,7 +6,7 @@ after it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +116,16 @@ class GPT(nn.Module):
             ValueError, TypeError: tokens are not as above, or do not fit max_length or the cache.
         """
         states: list[Tensor] | None = [] if hidden_states else None
-        x = self.hidden(tokens, lengths, cache, states)
-        logits = functional.linear(x, self.token_embedding.weight)
+        logits = self.logits(self.hidden(tokens, lengths, cache, states))
         return logits if states is None else (logits, states)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., d_model) -> logits (..., vocab_size)."""
+        return functional.linear(hidden, self.token_embedding.weight)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """That of logits(hidden), which are never all there; options of linear_cross_entropy()."""
+        return linear_cross_entropy(hidden, self.token_embedding.weight, labels, **options)
 
     def loss(
         self, tokens: Tensor, lengths: "Tensor | None" = None, label_smoothing: float = 0.0
@@ -130,9 +137,8 @@ class GPT(nn.Module):
             lengths: (B,) int; tokens past them are neither read nor predicted.
         """
         inputs, labels, lengths = next_tokens("GPT.loss: tokens", tokens, lengths)
-        weight = self.token_embedding.weight
-        x = self.hidden(inputs, lengths)
-        return linear_cross_entropy(x, weight, labels, label_smoothing=label_smoothing)
+        hidden = self.hidden(inputs, lengths)
+        return self.cross_entropy(hidden, labels, label_smoothing=label_smoothing)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for batch sequences of up to capacity tokens."""

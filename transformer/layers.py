@@ -25,11 +25,15 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = functional.linear(x, self.linear1.weight)  # (B, N, d_ff)
-        # linear1's bias is added here: bias, activation and dropout are one kernel.
         p = self.dropout if self.training else 0.0
-        hidden = bias_activation(hidden, self.linear1.bias, self.activation, p)
-        return self.linear2(hidden)  # (B, N, d_model)
+        if self.activation == "relu":
+            # Its derivative jumps where the sum changes its sign, as a product that is rounded to
+            # 16 bits before the bias is added can make it do.
+            hidden, bias = self.linear1(x), None  # (B, N, d_ff)
+        else:
+            # Bias, activation and dropout are one kernel.
+            hidden, bias = functional.linear(x, self.linear1.weight), self.linear1.bias
+        return self.linear2(bias_activation(hidden, bias, self.activation, p))
 
 
 def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:

@@ -6,7 +6,7 @@ named are the paper's. The layers are in blocks.py, attention itself in fusedfor
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -138,9 +138,16 @@ class Transformer(nn.Module):
             cache.advance(count, target_lengths)
         return x
 
-    def output_weight(self) -> Tensor:
-        """That of the final linear layer, (vocab_size, d_model)."""
+    def _output_weight(self) -> Tensor:
         return (self.target_embedding if self.config.share_embeddings else self.output).weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., d_model) -> logits (..., vocab_size): the final linear layer."""
+        return functional.linear(hidden, self._output_weight())
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """That of logits(hidden), which are never all there; options of linear_cross_entropy()."""
+        return linear_cross_entropy(hidden, self._output_weight(), labels, **options)
 
     def decode(
         self,
@@ -163,8 +170,8 @@ class Transformer(nn.Module):
         Returns:
             (B, Nt, vocab_size).
         """
-        x = self.hidden(target, memory, source_lengths, target_lengths, cache, states)
-        return functional.linear(x, self.output_weight())
+        hidden = self.hidden(target, memory, source_lengths, target_lengths, cache, states)
+        return self.logits(hidden)
 
     def forward(
         self,
@@ -209,10 +216,8 @@ class Transformer(nn.Module):
         name = "Transformer.loss: target"
         inputs, labels, target_lengths = next_tokens(name, target, target_lengths)
         memory = self.encode(source, source_lengths)
-        x = self.hidden(inputs, memory, source_lengths, target_lengths)
-        return linear_cross_entropy(
-            x, self.output_weight(), labels, label_smoothing=label_smoothing
-        )
+        hidden = self.hidden(inputs, memory, source_lengths, target_lengths)
+        return self.cross_entropy(hidden, labels, label_smoothing=label_smoothing)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for batch targets of up to capacity tokens."""
