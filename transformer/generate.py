@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fusedformer.kernels.checks import shape
 from fusedformer.transformer.beam import beam_search
