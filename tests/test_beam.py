@@ -63,7 +63,7 @@ class Table:
 @pytest.mark.parametrize("check_every", [1, 3])
 def test_as_many_beams_as_hypotheses_are_exhaustive_search(alpha, end, check_every):
     for seed in range(10):
-        table = Table(batch=3, seed=seed)
+        table = Table(batch=3, seed=seed, sharpness=1 + seed / 2)
         tokens, lengths, scores = beam_search(
             table.step, table.first(), V**LIMIT, LIMIT, end, alpha, check_every
         )
@@ -96,6 +96,34 @@ def test_a_row_does_not_depend_on_the_others():
         tokens, length, score = beam_search(alone.step, alone.first(), 2, LIMIT, END)
         assert torch.equal(tokens[0, : length[0]], together[row, : lengths[row]])
         assert score[0] == scores[row]
+
+
+def test_what_ends_takes_no_place_from_what_lives():
+    """The only beam goes on although the likeliest first token is the end, and finds better."""
+    table = Table(batch=1, seed=0)
+    table.tables[0][()] = torch.tensor([0.4, 0.1, 0.5]).log()
+    table.tables[0][(0,)] = torch.tensor([0.005, 0.005, 0.99]).log()
+    tokens, _, _ = beam_search(table.step, table.first(), 1, LIMIT, END, alpha=3.0)
+    assert tokens.tolist() == [[0, END]]  # log(0.396) / (7/6)^3 = -0.58 > log(0.5)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "first", "best"),
+    [
+        # log(0.3) / 1.5^3 = -0.36 at the fourth token beats log(0.6); at the second it would not.
+        (3.0, [0.3, 0.1, 0.6], [0, 0, 0, 0]),
+        # log(0.48) * 7/6 = -0.86 at the second token beats log(0.4); at the fourth it would not.
+        (-1.0, [0.48, 0.12, 0.4], [0, END]),
+    ],
+)
+def test_goes_on_while_something_can_improve(alpha, first, best):
+    table = Table(batch=1, seed=0)
+    for history in table.tables[0]:
+        likely = best[len(history)] if history == tuple(best[: len(history)]) else 1
+        table.tables[0][history] = (12.0 * torch.eye(V)[likely]).log_softmax(-1)
+    table.tables[0][()] = torch.tensor(first).log()
+    tokens, _, _ = beam_search(table.step, table.first(), 2, LIMIT, END, alpha)
+    assert tokens.tolist() == [best]
 
 
 def test_stops_when_nothing_can_improve():
