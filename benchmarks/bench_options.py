@@ -27,6 +27,7 @@ SIZES = {
     "vocab": ("32768", "32768,131072"),
     "hidden": ("512", "2048"),
 }
+DROPOUT_OPS = ("dropout", "dropout_add_layer_norm", "bias_activation")
 # Of the losses, whose rows are as wide as a vocabulary.
 _LOSS_ROWS = ("1024", "16384")
 
@@ -51,7 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         shown = cpu if cpu == gpu else f"{cpu}; GPU: {gpu}"
         size.add_argument(f"--{name.replace('_', '-')}", metavar="N,...", help=f"({shown})")
     size.add_argument("--dtype", metavar="TYPE,...", help="fp32, fp16, bf16 (fp32,bf16; GPU: bf16)")
-    size.add_argument("--dropout", metavar="P,...", default="0", help="probabilities (0)")
+    size.add_argument(
+        "--dropout", metavar="P,...", help="probabilities (0; of ops that are all about it, 0.1)"
+    )
     size.add_argument("--causal", default="no", help="yes, no or both (no)")
     size.add_argument("--padded", action="store_true", help="sequences of unequal lengths")
     size.add_argument("--isa", default="", help="hold a CPU to it, both sides: avx2")
@@ -176,23 +179,28 @@ def _of_ops(args: argparse.Namespace, device: str) -> list[Entry]:
 
     dtype_names = args.dtype or ("bf16" if gpu else "fp32,bf16")
     dtypes = _listed("--dtype", dtype_names, tuple(common.DTYPES))
-    dropout = probabilities("--dropout", args.dropout)
+
+    def dropout(op: str) -> tuple[float, ...]:
+        return probabilities("--dropout", args.dropout or ("0.1" if op in DROPOUT_OPS else "0"))
+
     causal = {"yes": (True,), "no": (False,), "both": (False, True)}[
         choice("--causal", args.causal, ("yes", "no", "both"))
     ]
     isa = choice("--isa", args.isa, ("", *ISA_ENVIRONMENT))
-    cases: dict[type, Callable[[], list]] = {
-        attention.Case: lambda: [
+    cases: dict[type, Callable[[str], list]] = {
+        attention.Case: lambda op: [
             attention.Case(b, h, n, d, dtype, c, p, device, kv, args.padded)
             for b, h, kv in itertools.product(sizes("batch"), sizes("heads"), sizes("kv_heads"))
-            for d, dtype, c, p in itertools.product(sizes("head_dim"), dtypes, causal, dropout)
+            for d, dtype, c, p in itertools.product(sizes("head_dim"), dtypes, causal, dropout(op))
             for n in sizes("seq")
         ],
-        rows.Case: lambda: [
+        rows.Case: lambda op: [
             rows.Case(m, w, dtype, p, device)
-            for m, dtype, p, w in itertools.product(sizes("rows"), dtypes, dropout, sizes("width"))
+            for m, dtype, p, w in itertools.product(
+                sizes("rows"), dtypes, dropout(op), sizes("width")
+            )
         ],
-        cross_entropy.Case: lambda: [
+        cross_entropy.Case: lambda op: [
             cross_entropy.Case(m, v, h, dtype, device)
             for m, dtype, h, v in itertools.product(
                 sizes("rows", _LOSS_ROWS[gpu]), dtypes, sizes("hidden"), sizes("vocab")
@@ -204,5 +212,5 @@ def _of_ops(args: argparse.Namespace, device: str) -> list[Entry]:
         Entry(op, case, mode, isa=isa)
         for op in _listed("--op", args.op, tuple(OPS))
         for mode in modes
-        for case in cases[OPS[op].case]()
+        for case in cases[OPS[op].case](op)
     ]

@@ -2,9 +2,10 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fusedformer.benchmarks import metrics, workers
+from fusedformer.benchmarks.runner import NOT_HERE
 from fusedformer.benchmarks.suites import MEMORY, OVERHEAD
 from fusedformer.benchmarks.tables import Table, number
 
@@ -35,13 +36,6 @@ def _cost(row: "dict | None") -> str:
     return f"{number(milliseconds)} ms"
 
 
-def _shown_error(row: "dict | None") -> str:
-    found = (row or {}).get("error")
-    if not found:
-        return "—"
-    return " / ".join(f"{found[p]:.1e}" for p in ("forward", "backward") if found[p] is not None)
-
-
 def entries(rows: list[dict]) -> dict[str, dict[str, dict]]:
     """The rows by entry, then by implementation, both in order of appearance."""
     found: dict[str, dict[str, dict]] = {}
@@ -51,7 +45,7 @@ def entries(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def reach(document: dict) -> list[Table]:
-    """One line an entry: baseline and ours, their ratio, the goals, and both errors."""
+    """One line an entry: baseline and ours, their ratio, and the goals."""
     body = []
     goals = False
     for members in entries(document["rows"]).values():
@@ -66,15 +60,14 @@ def reach(document: dict) -> list[Table]:
             [
                 ours["title"], _cost(base), _cost(ours), _speed(found),
                 "" if at_least is None else f"{at_least:g}x", "" if aim is None else f"{aim:g}x",
-                _reached(found, at_least, aim), _shown_error(base), _shown_error(ours),
+                _reached(found, at_least, aim),
             ]
         )  # fmt: skip
     if not body:
         return []
     head = ["", "baseline", "fused", "ratio", "at least", "aim", "reached"]
-    head += ["error: baseline", "error: fused"]
     if not goals:
-        keep = [0, 1, 2, 3, 7, 8]
+        keep = [0, 1, 2, 3]
         head, body = [head[i] for i in keep], [[line[i] for i in keep] for line in body]
     names = sorted({row["baseline"] for row in document["rows"]})
     return [
@@ -82,10 +75,7 @@ def reach(document: dict) -> list[Table]:
             f"Against the baseline ({', '.join(names)}): cost of the baseline over ours",
             head,
             body,
-            (
-                "Ratios: median of the ratios of each round, with their 20/80 percentiles. "
-                "Errors: relative to float64, forward / worst gradient.",
-            ),
+            ("Ratios: median of the ratios of each round, with their 20/80 percentiles.",),
         )
     ]
 
@@ -107,8 +97,9 @@ def details(document: dict, names: "Sequence[str]" = metrics.DEFAULT) -> list[Ta
     found = []
     for members in entries(document["rows"]).values():
         columns = [metrics.METRICS[name] for name in names]
+        here = [row for row in members.values() if row["status"] != NOT_HERE]
         body = []
-        for row in members.values():
+        for row in here:
             base = members.get(row["baseline"])
             cells = [column.text(column.value(row, base)) for column in columns]
             ran = row["label"] + (f" {row['version']}" if row["version"] else "")
@@ -120,15 +111,25 @@ def details(document: dict, names: "Sequence[str]" = metrics.DEFAULT) -> list[Ta
             if i == 0 or any(line[i] not in ("", "—") for line in body)
         ]
         head = ["ran", *(column.head for column in columns), ""]
-        first = next(iter(members.values()))
         found.append(
             Table(
-                _caption(first),
+                _caption(next(iter(members.values()))),
                 [head[i] for i in used],
                 [[line[i] for i in used] for line in body],
+                tuple(_absent(members.values())),
             )
         )
     return found
+
+
+def _absent(rows: Iterable[dict]) -> Iterator[str]:
+    """What took no part, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] == NOT_HERE:
+            reasons.setdefault(row["reason"], []).append(row["impl"])
+    for reason, names in reasons.items():
+        yield f"Without {', '.join(names)}: {reason}."
 
 
 def _caption(row: dict) -> str:

@@ -1,7 +1,6 @@
 """What is measured of one implementation of an op. These functions run inside worker processes."""
 
 import functools
-import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -85,36 +84,56 @@ def _steps(function: Callable, held: Held, mode: str) -> tuple[Callable, Callabl
 
 
 @_quietly
-def peak_memory(op_name: str, impl: str, case: Any, mode: str, isa: str) -> dict:
-    """Peak bytes of one call beyond its inputs.
+def first(op_name: str, impl: str, case: Any, mode: str, isa: str) -> dict:
+    """What is known of an implementation before it is timed.
 
     Returns:
-        {"bytes", "baseline_bytes"}, None where not measurable; and "label", what ran.
+        "label", what ran; "memory", the peak bytes of one call beyond its inputs and the baseline
+        in a process that ran nothing before, None where not measurable; "error", see error().
     """
     use_isa(isa)
     op = OPS[op_name]
     if case.device == "cpu":
         memory.return_freed_blocks()
-    make = op.impls[impl].make
     # Starts thread pools and pages code in; a compiler must see the size itself.
     warm = case if op.impls[impl].compiles else op.tiny(case)
-    forward, backward = _steps(make(warm), op.inputs(warm, 0), mode)
-    backward(forward())
-    del forward, backward
-    gc.collect()
+    _run(op, impl, warm, mode, op.inputs(warm, 0))
     held = op.inputs(case, 0)
-    forward, backward = _steps(make(case), held, mode)
+    # An implementation may overwrite its arguments.
+    kept = held.copy()
     meter = memory.PeakMeter(case.device)
     with common.backends_seen() as backends:
-        out = forward()
-    grads = backward(out)
+        out, grads = _run(op, impl, case, mode, held)
     used = meter.extra()
-    del out, grads
+    compared = _error_case(op, impl, case)
+    if compared == case:
+        found = op.compare(case, kept, out, grads, _seed(case))
+    else:
+        del out, grads
+        found = _error(op, impl, compared, mode)
+    before, after = case.as_dict(), compared.as_dict()
+    found["case"] = {name: value for name, value in after.items() if value != before[name]}
     return {
-        "bytes": used,
-        "baseline_bytes": meter.baseline,
         "label": label(op, impl, case, backends, held),
+        "memory": {"bytes": used, "baseline_bytes": meter.baseline},
+        "error": {"backward": None} | found,
     }
+
+
+def _seed(case: Any) -> "int | None":
+    """The dropout seed of this project's calls whose errors are taken."""
+    return 1 if case.dropout_p else None
+
+
+def _run(
+    op: Op, impl: str, case: Any, mode: str, held: Held
+) -> "tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]":
+    """Output and gradients of one call, under a seed that compare() knows."""
+    ours = impl == "fused" and case.dropout_p
+    function = op.seeded(case, _seed(case)) if ours else op.impls[impl].make(case)
+    forward, backward = _steps(function, held, mode)
+    out = forward()
+    return out, backward(out)
 
 
 def _error_case(op: Op, impl: str, case: Any) -> Any:
@@ -123,44 +142,21 @@ def _error_case(op: Op, impl: str, case: Any) -> Any:
     return case if impl == "fused" else case.at(dropout_p=0.0)
 
 
-@_quietly
-def error(op_name: str, impl: str, case: Any, mode: str, isa: str) -> dict:
-    """Relative errors of an implementation against float64.
-
-    Returns:
-        {"forward", "backward" (None in mode "fwd")} and "case", the fields in which the problem
-        compared differs from ``case``.
-    """
-    use_isa(isa)
-    op = OPS[op_name]
-    compared = _error_case(op, impl, case)
-    held = op.inputs(compared, 1)
-    seed = 1 if compared.dropout_p else None
-    make = op.impls[impl].make
-    function = make(compared) if seed is None else op.seeded(compared, seed)
-    forward, backward = _steps(function, held, mode)
-    # An implementation may overwrite its arguments.
-    kept = Held([t.detach().clone().requires_grad_(t.requires_grad) for t in held.args], held.grad)
-    out = forward()
-    found = op.compare(compared, kept, out, backward(out), seed)
-    before, after = case.as_dict(), compared.as_dict()
-    return {
-        "forward": found["forward"],
-        "backward": found.get("backward"),
-        "case": {name: value for name, value in after.items() if value != before[name]},
-    }
+def _error(op: Op, impl: str, case: Any, mode: str) -> dict:
+    """Relative errors against float64, "forward" and, but in mode "fwd", "backward"."""
+    held = op.inputs(case, 1)
+    kept = held.copy()
+    return op.compare(case, kept, *_run(op, impl, case, mode, held), _seed(case))
 
 
 @_quietly
 def limits(op_name: str, case: Any, mode: str) -> dict:
-    """The errors over which a result is wrong; see WRONG. {"forward", "backward"}."""
-    eager = OPS[op_name].eager
-    found = error(op_name, eager, case.at(**one_head(case)), mode, "")
+    """The errors over which a result is wrong, by part; see WRONG."""
+    op = OPS[op_name]
+    compared = _error_case(op, op.eager, case.at(**one_head(case)))
+    found = _error(op, op.eager, compared, mode)
     eps = torch.finfo(common.DTYPES[case.dtype]).eps
-    return {
-        part: None if found[part] is None else WRONG * (found[part] + eps)
-        for part in ("forward", "backward")
-    }
+    return {part: WRONG * (value + eps) for part, value in found.items()}
 
 
 def one_head(case: Any) -> dict:

@@ -125,21 +125,17 @@ class Runner:
     def _first(self, entry: Entry, row: dict, limit: Outcome) -> bool:
         """Memory and errors of an implementation; whether it may be timed."""
         args = (entry.op, row["impl"], entry.case, entry.mode, entry.isa)
-        peak = self._call(entry, measure.peak_memory, *args)
-        if peak.status != workers.OK:
-            row |= {"status": peak.status, "reason": peak.reason}
+        found = self._call(entry, measure.first, *args)
+        if found.status != workers.OK or limit.status != workers.OK:
+            failed = found if found.status != workers.OK else limit
+            row |= {"status": failed.status, "reason": failed.reason}
             return False
-        row["label"] = peak.value.pop("label")
-        error = self._call(entry, measure.error, *args)
-        if error.status != workers.OK:
-            row |= {"status": error.status, "reason": error.reason}
-            return False
-        row["error"] = error.value | {"limit": limit.value}
-        wrong = measure.verdict(error.value, limit.value) if limit.value else limit.reason
-        if wrong:
+        row["label"] = found.value["label"]
+        row["error"] = found.value["error"] | {"limit": limit.value}
+        if wrong := measure.verdict(row["error"], limit.value):
             row |= {"status": WRONG, "reason": wrong}
             return False
-        row["memory"] = peak.value
+        row["memory"] = found.value["memory"]
         return True
 
     def _time(self, entry: Entry, rows: dict[str, dict]) -> None:

@@ -50,6 +50,11 @@ class Held:
         """The arguments whose gradients a backward gives."""
         return [tensor for tensor in self.args if tensor.requires_grad]
 
+    def copy(self) -> "Held":
+        """The same values in memory of their own."""
+        args = [t.detach().clone().requires_grad_(t.requires_grad) for t in self.args]
+        return Held(args, self.grad.clone())
+
     def exact(self) -> "Held":
         """The same values in float64; integers stay."""
         args = [
@@ -196,7 +201,7 @@ def needs(
 
     Args:
         module: what must be importable.
-        gpu: it runs on CUDA alone.
+        gpu: it is measured on CUDA alone.
         dropout: it has dropout.
         bits: 16 where it takes no float32.
     """
@@ -205,7 +210,7 @@ def needs(
         if reason := missing(module):
             return reason
         if gpu and case.device != "cuda":
-            return "it runs on CUDA GPUs alone"
+            return "it is measured on CUDA GPUs alone"
         if not dropout and case.dropout_p:
             return "it has no dropout"
         if bits == 16 and case.dtype == "fp32":

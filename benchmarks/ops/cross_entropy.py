@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fusedformer
-from fusedformer.benchmarks.ops import common
+from fusedformer.benchmarks.ops import common, row_peers
 from fusedformer.benchmarks.ops.common import Distance, Held, Impl, Op, Sizes
 
 
@@ -123,6 +123,7 @@ CROSS_ENTROPY = Op(
             lambda case: common.compiled(functional.cross_entropy),
             compiles=True,
         ),
+        **row_peers.CROSS_ENTROPY,
     },
     eager="eager",
     flops=lambda case, mode: 0.0,
@@ -185,6 +186,7 @@ LINEAR = Op(
             lambda case: functional.linear_cross_entropy,
             _no_torch_loss,
         ),
+        **row_peers.LINEAR_CROSS_ENTROPY,
     },
     eager="eager",
     flops=_linear_flops,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fusedformer
-from fusedformer.benchmarks.ops import common, rows
+from fusedformer.benchmarks.ops import common, row_peers, rows
 from fusedformer.benchmarks.ops.common import Held, Impl, Op
 from fusedformer.benchmarks.ops.rows import Case
 from fusedformer.kernels import rng
@@ -87,6 +87,7 @@ ADD = Op(
         "compile": Impl(
             "torch.compile of eager", functools.partial(_compiled, _eager_add), compiles=True
         ),
+        **row_peers.ADD_NORM,
     },
     eager="eager",
     flops=lambda case, mode: 0.0,
@@ -103,7 +104,9 @@ ADD = Op(
 # --- The norms alone ------------------------------------------------------------------------------
 
 
-def _norm_op(name: str, function: Callable[..., Tensor], own: Callable, vectors: int) -> Op:
+def _norm_op(
+    name: str, function: Callable[..., Tensor], own: Callable, vectors: int, peers: dict[str, Impl]
+) -> Op:
     """An op of one matrix; ``function`` is its formula, ``own`` this project's."""
 
     def seeded(
@@ -121,6 +124,7 @@ def _norm_op(name: str, function: Callable[..., Tensor], own: Callable, vectors:
             "compile": Impl(
                 "torch.compile of eager", lambda case: common.compiled(function), compiles=True
             ),
+            **peers,
         },
         eager="eager",
         flops=lambda case, mode: 0.0,
@@ -142,6 +146,6 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], weight, _EPS)
 
 
-LAYER_NORM = _norm_op("layer_norm", _layer_norm, fusedformer.layer_norm, 2)
-RMS_NORM = _norm_op("rms_norm", _rms_norm, fusedformer.rms_norm, 1)
+LAYER_NORM = _norm_op("layer_norm", _layer_norm, fusedformer.layer_norm, 2, row_peers.LAYER_NORM)
+RMS_NORM = _norm_op("rms_norm", _rms_norm, fusedformer.rms_norm, 1, row_peers.RMS_NORM)
 OPS = (ADD, LAYER_NORM, RMS_NORM)

@@ -1,0 +1,413 @@
+"""fusedformer bench: what it measures, what it flags, rows for what fails, its files."""
+
+import json
+import math
+
+import pytest
+import torch
+from bench_pools import Inline
+
+from fusedformer import cli
+from fusedformer.benchmarks import (
+    bench_options,
+    bench_tables,
+    document,
+    measure,
+    metrics,
+    runner,
+    suites,
+    workers,
+)
+from fusedformer.benchmarks.ops import attention, common, cross_entropy, rows
+from fusedformer.benchmarks.ops.common import Impl
+from fusedformer.benchmarks.ops.registry import OPS
+from fusedformer.benchmarks.suites import Entry
+from fusedformer.benchmarks.workers import Outcome
+
+CASES = {
+    attention.Case: [
+        attention.Case(2, 4, 33, 8, "fp32"),
+        attention.Case(2, 4, 33, 8, "bf16", causal=True, dropout_p=0.3, kv_heads=2, padded=True),
+    ],
+    rows.Case: [rows.Case(5, 33, "fp32"), rows.Case(5, 33, "bf16", 0.3)],
+    cross_entropy.Case: [cross_entropy.Case(5, 33, 8), cross_entropy.Case(5, 33, 8, "bf16")],
+}
+TINY = attention.Case(1, 2, 16, 8)
+QUICK = runner.Limits(seconds=0.01, max_rounds=3)
+
+
+def measured(entries, failures=None, before=lambda function, args: None, limits=QUICK, kept=()):
+    with runner.Runner("cpu", limits, list(kept)) as held:
+        held._pools[""] = Inline(failures, before)
+        list(held.run(entries, lambda entry: None))
+        return held.rows
+
+
+# --- What an op is --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
+@pytest.mark.parametrize("name", OPS)
+def test_errors_of_right_results_are_below_the_limit(name, mode):
+    op = OPS[name]
+    for case in CASES[op.case]:
+        limit = measure.limits(name, case, mode)
+        for impl in ("fused", op.eager):
+            found = measure.first(name, impl, case, mode, "")
+            assert measure.verdict(found["error"], limit) is None
+            assert (found["error"]["backward"] is None) == (mode == "fwd")
+            compared = 0 if impl == "fused" else case.dropout_p
+            assert found["error"]["case"] == ({"dropout_p": 0.0} if compared else {})
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_wrong_result_is_over_the_limit(name, part, monkeypatch):
+    """A thousandth of one tensor that is off by its size is enough."""
+    op, real = OPS[name], measure._run
+    case = CASES[op.case][0]
+
+    def spoilt(*args):
+        out, grads = real(*args)
+        wrong = (out if part == "forward" else grads[-1]).detach().clone()
+        wrong[(-1,) * wrong.dim()] += max(1e-3, 1e-3 * float(wrong.norm()))
+        return (wrong, grads) if part == "forward" else (out, (*grads[:-1], wrong))
+
+    limit = measure.limits(name, case, "fwd_bwd")
+    monkeypatch.setattr(measure, "_run", spoilt)
+    found = measure.first(name, "fused", case, "fwd_bwd", "")
+    assert f"relative error of the {part}" in measure.verdict(found["error"], limit)
+
+
+def test_nan_is_wrong():
+    assert measure.verdict({"forward": math.nan, "backward": None}, {"forward": 1.0})
+
+
+def test_flops_and_bytes_by_hand():
+    case = attention.Case(2, 8, 100, 64, "bf16", kv_heads=2)
+    # Two products of (100 x 64)(64 x 100), two operations each multiply-add, 16 heads.
+    assert attention.flops(case, "fwd") == 2 * 16 * 2 * 100 * 100 * 64
+    assert attention.flops(case.at(causal=True), "fwd_bwd") == 3.5 * 2 * 16 * 100 * 100 * 64
+    matrix = 2 * 100 * 64 * 2  # batch, length, dimension, bytes: one head of all sequences
+    lse = 2 * 8 * 100 * 4
+    assert attention.moved(case, "fwd") == (8 + 8 + 2 + 2) * matrix + lse
+    assert attention.moved(case, "bwd") == (4 * 8 + 4 * 2) * matrix + lse
+    norm = rows.Case(10, 16, "bf16")
+    assert OPS["dropout_add_layer_norm"].moved(norm, "fwd_bwd") == (3 + 5) * 10 * 16 * 2
+    assert OPS["layer_norm"].moved(norm, "bwd") == 3 * 10 * 16 * 2
+    loss = cross_entropy.Case(10, 16, 4, "bf16")
+    assert OPS["cross_entropy"].moved(loss, "fwd_bwd") == 3 * 10 * 16 * 2
+    assert OPS["linear_cross_entropy"].flops(loss, "fwd") == 2 * 10 * 16 * 4
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_eager_is_the_same_function(name):
+    op = OPS[name]
+    case = CASES[op.case][0]
+    function = op.impls[op.eager].make(case)
+    args = op.inputs(case, 3).args
+    torch.testing.assert_close(function(*args), op.seeded(case)(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_x_transformers():
+    pytest.importorskip("x_transformers.attend")
+    for case in (TINY, TINY.at(causal=True)):
+        found = measure.first("attention", "x-transformers", case, "fwd_bwd", "")
+        assert measure.verdict(found["error"], measure.limits("attention", case, "fwd_bwd")) is None
+    assert attention.IMPLS["x-transformers"].refuses(TINY.at(kv_heads=1)) == (
+        "it takes no grouped heads"
+    )
+
+
+@pytest.mark.parametrize("name", ["flash-attn-2", "xformers", "transformer-engine"])
+def test_a_peer_that_is_missing_says_so(name):
+    impl = attention.IMPLS[name]
+    if impl.version() is None:
+        assert impl.refuses(TINY.at(dtype="bf16")).endswith("is not installed")
+
+
+def test_backends_seen():
+    with common.backends_seen() as names:
+        measure.first("dropout", "fused", rows.Case(2, 3, dropout_p=0.5), "fwd", "")
+    assert names in (["cpu"], ["reference"])
+
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+
+def test_rows():
+    entry = Entry("attention", TINY, "fwd_bwd", impls=("fused", "sdpa", "plain"))
+    found = measured([entry])
+    assert [row["impl"] for row in found] == ["fused", "sdpa", "plain"]
+    for row in found:
+        assert row["status"] == workers.OK
+        held = row["ms"]
+        assert 0 < held["p20"] <= held["median"] <= held["p80"]
+        assert len(held["samples"]) == 3
+        assert 0 < row["error"]["backward"] < 1e-5
+        assert row["flops"] == attention.flops(TINY, "fwd_bwd")
+        assert row["key"] == entry.key()
+    assert {row["key"] for row in measured([suites.changed(entry, mode="fwd")])} != {entry.key()}
+
+
+def _impl(function, **options):
+    return Impl("for a test", lambda case: function, **options)
+
+
+def test_a_wrong_implementation_is_flagged_and_its_speed_withheld(monkeypatch):
+    def wrong(query, key, value):
+        return attention.plain_attention(query, key, value) * 1.001
+
+    monkeypatch.setitem(OPS["attention"].impls, "wrong", _impl(wrong))
+    right, flagged = measured([Entry("attention", TINY, "fwd", impls=("sdpa", "wrong"))])
+    assert right["status"] == workers.OK
+    assert flagged["status"] == runner.WRONG
+    assert "relative error of the forward 1.0e-03" in flagged["reason"]
+    assert "ms" not in flagged
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [
+        (Outcome(workers.OUT_OF_MEMORY, reason="the process was killed"), workers.OUT_OF_MEMORY),
+        (Outcome(workers.FAILED, reason="the process ended with exit code -11"), workers.FAILED),
+        (Outcome(workers.TOO_SLOW, reason="not done after 9 s"), workers.TOO_SLOW),
+    ],
+)
+def test_a_peer_that_dies_is_a_row(outcome, status):
+    entry = Entry("attention", TINY, "fwd", impls=("plain", "sdpa"))
+    died, fine = measured([entry], {"plain": outcome})
+    assert (died["status"], died["reason"]) == (status, outcome.reason)
+    assert fine["status"] == workers.OK
+    assert "ms" in fine
+
+
+def test_a_peer_that_raises_is_a_row(monkeypatch):
+    calls = []
+
+    def fails_later(query, key, value):
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("later")
+        return attention.plain_attention(query, key, value)
+
+    monkeypatch.setitem(OPS["attention"].impls, "fragile", _impl(fails_later))
+    failed, fine = measured([Entry("attention", TINY, "fwd", impls=("fragile", "plain"))])
+    assert (failed["status"], failed["reason"]) == (workers.FAILED, "RuntimeError: later")
+    assert len(fine["ms"]["samples"]) == 3
+
+
+def test_what_is_not_here_is_a_row():
+    (row,) = measured([Entry("attention", TINY, "fwd", impls=("sdpa-cudnn",))])
+    assert row["status"] == runner.NOT_HERE
+    assert "on a CPU" in row["reason"]
+
+
+def test_what_does_not_fit_is_a_row():
+    case = attention.Case(1, 8, 2**20, 64)
+
+    def refuse(function, args):
+        assert function in (measure.look, measure.limits), "nothing of this size may run"
+        if function is measure.limits:
+            raise AssertionError
+
+    with pytest.raises(AssertionError):
+        measured([Entry("attention", case, "fwd", impls=("plain",))], before=refuse)
+    failures = {"attention": Outcome(workers.OK, ({"plain": None}, 10**9))}
+    (row,) = measured([Entry("attention", case, "fwd", impls=("plain",))], failures)
+    assert row["status"] == runner.DOES_NOT_FIT
+    assert row["reason"].endswith("1.0 GB are available")
+
+
+def test_a_spent_budget_is_a_row():
+    limits = runner.Limits(budget=1e-9)
+    (row,) = measured([Entry("attention", TINY, "fwd", impls=("plain",))], limits=limits)
+    assert row["status"] == runner.OVER_BUDGET
+
+
+def test_rows_of_a_run_before_are_kept():
+    entries = [Entry("attention", TINY.at(seq=n), "fwd", impls=("plain",)) for n in (8, 16)]
+    before = measured(entries[:1])
+    asked = []
+    after = measured(entries, before=lambda function, args: asked.append(args[-1]), kept=before)
+    assert after[0] is before[0]
+    assert [row["case"]["seq"] for row in after] == [8, 16]
+    assert all("seq=8" not in str(args) for args in asked)
+
+
+# --- Metrics and tables ---------------------------------------------------------------------------
+
+
+def row(impl, samples=None, **more):
+    held = {
+        "key": "k", "title": "t", "op": "attention", "mode": "fwd", "quantity": "time",
+        "isa": None, "case": TINY.as_dict(), "baseline": "sdpa", "at_least": 4.0, "aim": 5.0,
+        "flops": 2e9, "bytes": 1e6, "impl": impl, "label": impl, "version": None,
+        "status": workers.OK, "reason": "",
+    }  # fmt: skip
+    if samples:
+        held["ms"] = {"median": sorted(samples)[len(samples) // 2], "samples": samples}
+        held["ms"] |= {"p20": min(samples), "p80": max(samples)}
+    return held | more
+
+
+def test_ratio_is_of_rounds():
+    """A slow phase that both meet leaves the ratio as it is."""
+    ours, base = row("fused", [1.0, 10.0, 1.0]), row("sdpa", [4.0, 50.0, 6.0])
+    assert metrics.ratio(ours, base)["median"] == 5.0
+    assert metrics.ratio(ours, None) is None
+    assert metrics.ratio(row("fused"), base) is None
+    small, large = ({"memory": {"bytes": n}, "quantity": "memory"} for n in (2, 400))
+    assert metrics.ratio(row("fused", **small), row("sdpa", **large))["median"] == 200
+
+
+def test_metrics_by_hand():
+    held = row("fused", [2.0] * 3, memory={"bytes": 3 * 2**20})
+    values = {name: metric.value(held, None) for name, metric in metrics.METRICS.items()}
+    assert values["latency"] == 2.0
+    assert values["tflops"] == pytest.approx(1.0)
+    assert values["gbps"] == pytest.approx(0.5)
+    assert values["memory"] == 3.0
+    assert values["speedup"] is None
+
+
+@pytest.mark.parametrize(("factor", "said"), [(3.0, "no"), (4.5, "yes"), (5.0, "aim")])
+def test_goals(factor, said):
+    data = {"rows": [row("fused", [1.0] * 3), row("sdpa", [factor] * 3)]}
+    (table,) = bench_tables.reach(data)
+    assert table.rows[0][-1] == said
+
+
+def test_csv():
+    data = {"rows": [row("fused", [1.0] * 3), row("sdpa", status="failed", reason="a, b")]}
+    lines = bench_tables.csv_text(data, ("latency", "speedup")).splitlines()
+    assert lines[0].endswith("impl,label,version,latency,speedup,status,reason")
+    assert lines[1].endswith("fused,fused,,1.0,,ok,")
+    assert lines[2].endswith('sdpa,sdpa,,,,failed,"a, b"')
+
+
+# --- Suites and the command -----------------------------------------------------------------------
+
+
+def test_the_cpu_suite_has_every_goal():
+    entries = suites.SUITES["cpu"]()
+    goals = [(entry.at_least, entry.aim) for entry in entries if entry.at_least]
+    assert len(goals) == 4 + 4 + 4 + 2 + 1 + 2 + 6 + 1
+    assert len({entry.key() for entry in entries}) == len(entries)
+    assert all(entry.case.seq == 4096 for entry in entries if entry.at_least == 4.3)
+    assert not any(entry.at_least for entry in suites.SUITES["cpu"](quick=True))
+
+
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_suites_name_what_there_is(name):
+    device = "cuda" if name == "gpu" else "cpu"
+    for quick in (False, True):
+        entries = suites.SUITES[name](quick=quick, device=device)
+        assert len({entry.key() for entry in entries}) == len(entries)
+        for entry in entries:
+            op = OPS[entry.op]
+            assert set(entry.impls) <= set(op.impls)
+            assert (entry.baseline or suites.default_baseline(entry.op)) in op.impls
+            assert isinstance(entry.case, op.case)
+
+
+def test_list(capsys, monkeypatch):
+    monkeypatch.setattr(common, "no_compiler", lambda: "no compiler today")
+    assert cli.main(["bench", "--list", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    for name in OPS:
+        assert name in said
+    assert "no compiler today" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--op=attentoin"], "--op got 'attentoin'; it wants one of attention"),
+        (["--suite=cpu", "--op=attention"], "--suite and --op both"),
+        (["--suite=nosuch"], "--suite got 'nosuch'"),
+        (["--op=attention", "--mode=forward"], "--mode got 'forward'"),
+        (["--only=sdpa,best"], "--only got 'best'"),
+        (["--metrics=speed"], "--metrics got 'speed'"),
+        (["--op=attention", "--seq=0"], "--seq got '0'"),
+        (["--min-rounds=0"], "--min-rounds got '0'"),
+        (["--op=attention", "--isa=mmx"], "--isa got 'mmx'"),
+    ],
+)
+def test_an_option_that_is_wrong(argv, said, capsys):
+    assert cli.main(["bench", "--device=cpu", *argv]) == cli.USER_ERROR
+    assert said in capsys.readouterr().err
+
+
+def parsed(*argv):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    bench_options.add_options(parser)
+    return bench_options.parse(parser.parse_args(["--device=cpu", *argv]))
+
+
+def test_options_make_the_product():
+    options = parsed(
+        "--op=attention,dropout_add_layer_norm", "--mode=fwd,bwd", "--seq=8,16", "--head-dim=4,8",
+        "--causal=both", "--dtype=bf16", "--rows=3", "--width=5,7", "--only=fused,plain,eager",
+    )  # fmt: skip
+    assert len(options.entries) == 2 * (2 * 2 * 2 + 2)
+    cases = [entry.case for entry in options.entries if entry.op == "attention"]
+    assert {(case.seq, case.head_dim, case.causal) for case in cases} == {
+        (n, d, causal) for n in (8, 16) for d in (4, 8) for causal in (False, True)
+    }
+    assert {entry.impls for entry in options.entries} == {("fused", "plain"), ("fused", "eager")}
+    assert {e.case.dropout_p for e in options.entries if e.op != "attention"} == {0.1}
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_run_resume_and_interrupt(cut, tmp_path, monkeypatch, capsys):
+    """What is on disk after a Ctrl-C is whole, and --resume measures the rest alone."""
+    argv = ["bench", "--device=cpu", "--op=attention", "--mode=fwd", "--seq=8,16", "--heads=1"]
+    argv += ["--head-dim=4", "--dtype=fp32", "--only=plain", "--seconds=0.01", "--max-rounds=3"]
+    argv += [f"--out={tmp_path}"]
+    real, seen = runner.Runner.entry, []
+
+    def entry(self, asked):
+        seen.append(asked.case.seq)
+        if cut and len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(self, asked)
+
+    monkeypatch.setattr(runner.Runner, "entry", entry)
+    assert cli.main(argv) == (cli.INTERRUPTED if cut else 0)
+    first = document.read(tmp_path / "bench.json", "bench")
+    assert first["state"] == (document.CUT if cut else document.COMPLETE)
+    assert [r["case"]["seq"] for r in first["rows"]] == ([8] if cut else [8, 16])
+    assert ("--resume" in capsys.readouterr().err) == cut
+    cut = False
+    assert cli.main([*argv, "--resume", "--csv=-"]) == 0
+    again = document.read(tmp_path / "bench.json", "bench")
+    assert [r["case"]["seq"] for r in again["rows"]] == [8, 16]
+    assert again["rows"][0] == first["rows"][0]
+    assert len(seen) == (3 if len(first["rows"]) == 1 else 2)
+    assert capsys.readouterr().out.startswith("op,mode,quantity,isa,batch")
+
+
+def test_resume_refuses_another_machine(tmp_path, capsys):
+    argv = ["bench", "--device=cpu", "--op=attention", "--only=plain", "--seq=8", "--mode=fwd"]
+    argv += ["--dtype=fp32", "--seconds=0.01", "--max-rounds=3", f"--out={tmp_path}"]
+    assert cli.main(argv) == 0
+    path = tmp_path / "bench.json"
+    data = json.loads(path.read_text())
+    data["environment"]["device_name"] = "another"
+    path.write_text(json.dumps(data))
+    assert cli.main([*argv, "--resume"]) == cli.USER_ERROR
+    assert "was measured with device_name 'another'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "cannot be read"), ("{}", "no schema_version"), ('{"schema_version": 99}', "99")],
+)
+def test_a_file_that_is_no_result(text, said, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        document.read(path)
