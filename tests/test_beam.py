@@ -119,7 +119,8 @@ def test_what_ends_takes_no_place_from_what_lives():
 def test_goes_on_while_something_can_improve(alpha, first, best):
     table = Table(batch=1, seed=0)
     for history in table.tables[0]:
-        likely = best[len(history)] if history == tuple(best[: len(history)]) else 1
+        on_the_way = len(history) < len(best) and list(history) == best[: len(history)]
+        likely = best[len(history)] if on_the_way else 1
         table.tables[0][history] = (12.0 * torch.eye(V)[likely]).log_softmax(-1)
     table.tables[0][()] = torch.tensor(first).log()
     tokens, _, _ = beam_search(table.step, table.first(), 2, LIMIT, END, alpha)
