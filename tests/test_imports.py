@@ -1,6 +1,8 @@
 """Imports run one way, transformer -> nn -> kernels/<op> -> dispatch -> backend; short files."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +124,17 @@ def test_imports_run_one_way():
     files = python_files("fusedformer", "kernels", "transformer", "benchmarks")
     assert any(path.name == "dispatch.py" for path in files)
     assert [v for path in files for v in violations(module_name(path), path.read_text())] == []
+
+
+def test_importing_fusedformer_is_cheap():
+    """It brings no compiler; a kernel's own import does, where it is needed."""
+    code = (
+        "import sys, fusedformer; fusedformer.attention; "
+        "print([name for name in ('triton', 'torch._dynamo', 'torch.distributed.tensor', "
+        "'transformers', 'matplotlib', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 def test_files_are_short():

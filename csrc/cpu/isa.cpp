@@ -1,6 +1,10 @@
 // The choice of the instruction set, and the ops that show and force it.
 #include "isa.h"
 
+#ifdef FUSEDFORMER_X86
+#include <cpuid.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -11,17 +15,28 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
 
+#ifdef FUSEDFORMER_X86
+// __builtin_cpu_supports also asks whether the operating system saves the registers; but older
+// clang does not know all names: leaf 1 of cpuid, bit 29 of ecx, and leaf 7.1, bit 5 of eax.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+bool has_avx512bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+#endif
+
 Isa best() {
 #ifdef FUSEDFORMER_X86
-  // __builtin_cpu_supports also asks whether the operating system saves the registers.
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-      !__builtin_cpu_supports("f16c"))
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
     return Isa::portable;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return Isa::avx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+  return has_avx512bf16() ? Isa::avx512bf16 : Isa::avx512;
 #else
   return Isa::portable;
 #endif
