@@ -128,14 +128,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "seq2seq": {
         "small": {
             "data": "homeassistant-ko-en",
-            "vocab_size": 4000,
+            "vocab_size": 2000,
             "d_model": 128,
             "layers": 2,
             "heads": 4,
             "d_ff": 512,
+            "dropout": 0.2,
             "max_length": 64,
-            "too_long": "drop",
             "prenorm": True,
+            "too_long": "drop",
             "label_smoothing": 0.1,
             "steps": 2000,
             "batch_size": 2048,
@@ -153,26 +154,24 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt": {
         "small": {
             "data": "shakespeare",
-            "vocab_size": 1024,
-            "d_model": 192,
+            "vocab_size": 512,
+            "d_model": 128,
             "layers": 4,
-            "heads": 6,
-            "d_ff": 768,
+            "heads": 4,
+            "d_ff": 512,
             "dropout": 0.0,
             "max_length": 128,
-            "steps": 2000,
+            "steps": 3000,
             "batch_size": 2048,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
             "warmup": 100,
         },
-        **{
-            f"gpt2-{size}": {**changes, **_GPT_2} for size, changes in GPTConfig.PRESETS.items()
-        },
+        **{f"gpt2-{size}": {**changes, **_GPT_2} for size, changes in GPTConfig.PRESETS.items()},
     },
     "bert": {
         "small": {
             "data": "shakespeare",
-            "vocab_size": 1024,
+            "vocab_size": 512,
             "d_model": 128,
             "layers": 4,
             "heads": 4,
@@ -180,7 +179,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "dropout": 0.0,
             "prenorm": True,
             "max_length": 64,
-            "steps": 2000,
+            "steps": 3000,
             "batch_size": 2048,
             "learning_rate": 2e-3,
             "warmup": 100,
@@ -199,14 +198,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "d_ff": 256,
             "dropout": 0.0,
             "shift": 2,
-            "steps": 1500,
+            "steps": 2000,
             "batch_size": 64,
             "learning_rate": 1e-3,
             "warmup": 100,
         },
-        **{
-            f"vit-{size}": {**changes, **_VIT} for size, changes in ViTConfig.PRESETS.items()
-        },
+        **{f"vit-{size}": {**changes, **_VIT} for size, changes in ViTConfig.PRESETS.items()},
     },
 }
 
