@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusedformer.benchmarks import metrics, suites
+from fusedformer.benchmarks.entries import Entry
 from fusedformer.benchmarks.ops import attention, common, cross_entropy, rows
 from fusedformer.benchmarks.ops.registry import OPS
 from fusedformer.benchmarks.options import choice, device_of, probabilities, seconds, whole, wholes
 from fusedformer.benchmarks.runner import ISA_ENVIRONMENT, Limits
-from fusedformer.benchmarks.suites import Entry
 from fusedformer.kernels.attention import MAX_HEAD_DIM
 
 # Sizes of --op where no option names them: (CPU, GPU).
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--quick", action="store_true", help="the suite at a reduced size")
     what.add_argument("--op", metavar="NAME,...", help=f"ops instead: {', '.join(OPS)}")
-    what.add_argument("--mode", metavar="MODE,...", help="fwd, bwd, fwd_bwd (fwd,fwd_bwd)")
+    what.add_argument("--mode", metavar="MODE,...", help=f"{', '.join(common.MODES)} (fwd,fwd_bwd)")
     what.add_argument("--only", metavar="IMPL,...", help="these implementations (see --list)")
     what.add_argument("--skip", metavar="IMPL,...", help="not these implementations")
     what.add_argument("--baseline", metavar="IMPL", help="what speed-ups are against (sdpa, eager)")
@@ -154,15 +154,13 @@ def _narrowed(
     changes: dict = {"impls": tuple(names)}
     if baseline is not None:
         changes["baseline"] = choice("--baseline", baseline, tuple(OPS[entry.op].impls))
-    return suites.changed(entry, **changes)
+    return entry.at(**changes)
 
 
 def _of_suites(args: argparse.Namespace, device: str) -> list[Entry]:
     default = "gpu" if device == "cuda" else "cpu"
     names = _listed("--suite", args.suite or default, tuple(suites.SUITES))
-    return [
-        entry for name in names for entry in suites.SUITES[name](quick=args.quick, device=device)
-    ]
+    return [entry for name in names for entry in suites.SUITES[name](args.quick, device)]
 
 
 def _of_ops(args: argparse.Namespace, device: str) -> list[Entry]:

@@ -4,9 +4,9 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 
-from fusedformer.benchmarks import metrics, workers
+from fusedformer.benchmarks import goals, metrics, workers
+from fusedformer.benchmarks.entries import MEMORY, OVERHEAD, RATIO, WORKSPACE
 from fusedformer.benchmarks.runner import NOT_HERE
-from fusedformer.benchmarks.suites import MEMORY, OVERHEAD
 from fusedformer.benchmarks.tables import Table, number
 
 
@@ -28,7 +28,7 @@ def _cost(row: "dict | None") -> str:
         return "—"
     if row["status"] != workers.OK:
         return row["status"]
-    if row["quantity"] == MEMORY:
+    if row["quantity"] in (MEMORY, WORKSPACE):
         return f"{number(metrics.METRICS['memory'].value(row, None))} MiB"
     milliseconds = row["ms"]["median"]
     if row["quantity"] == OVERHEAD or milliseconds < 0.1:
@@ -47,49 +47,39 @@ def entries(rows: list[dict]) -> dict[str, dict[str, dict]]:
 def reach(document: dict) -> list[Table]:
     """One line an entry: baseline and ours, their ratio, and the goals."""
     body = []
-    goals = False
     for members in entries(document["rows"]).values():
         ours = members.get("fused")
         if ours is None:
             continue
         base = members.get(ours["baseline"])
         found = metrics.ratio(ours, base) if base is not ours else None
-        at_least, aim = ours["at_least"], ours["aim"]
-        goals = goals or at_least is not None
-        body.append(
-            [
-                ours["title"], _cost(base), _cost(ours), _speed(found),
-                "" if at_least is None else f"{at_least:g}x", "" if aim is None else f"{aim:g}x",
-                _reached(found, at_least, aim),
-            ]
-        )  # fmt: skip
+        line = [ours["title"], _cost(base), _cost(ours), _speed(found)]
+        for goal in ours["goals"] or [None]:
+            body.append(line + (_goal(goal, ours, document) if goal else [""] * 4))
+            line = ["", "", "", ""]
     if not body:
         return []
-    head = ["", "baseline", "fused", "ratio", "at least", "aim", "reached"]
-    if not goals:
-        keep = [0, 1, 2, 3]
-        head, body = [head[i] for i in keep], [[line[i] for i in keep] for line in body]
+    head = ["", "baseline", "fused", "ratio", "or", "at least", "aim", "reached"]
+    keep = [i for i in range(len(head)) if i < 4 or any(line[i] for line in body)]
     names = sorted({row["baseline"] for row in document["rows"]})
     return [
         Table(
             f"Against the baseline ({', '.join(names)}): cost of the baseline over ours",
-            head,
-            body,
+            [head[i] for i in keep],
+            [[line[i] for i in keep] for line in body],
             ("Ratios: median of the ratios of each round, with their 20/80 percentiles.",),
         )
     ]
 
 
-def _reached(
-    found: "dict[str, float] | None", at_least: "float | None", aim: "float | None"
-) -> str:
-    if at_least is None:
-        return ""
-    if found is None:
-        return "not measured"
-    if aim is not None and found["median"] >= aim:
-        return "aim"
-    return "yes" if found["median"] >= at_least else "no"
+def _goal(goal: dict, row: dict, document: dict) -> list[str]:
+    kind = goal["kind"]
+    return [
+        "" if kind == RATIO else goals.text(kind, goals.value(kind, row, document)),
+        goals.text(kind, goal["at_least"]),
+        goals.text(kind, goal["aim"]),
+        goals.reached(goal, row, document),
+    ]
 
 
 def details(document: dict, names: "Sequence[str]" = metrics.DEFAULT) -> list[Table]:

@@ -77,10 +77,10 @@ def label(op: Op, impl: str, case: Any, backends: list[str], held: Held) -> str:
 
 def _steps(function: Callable, held: Held, mode: str) -> tuple[Callable, Callable]:
     """(forward, backward); in mode "fwd" nothing requires a gradient, as at inference."""
-    if mode == "fwd":
-        args = [tensor.detach() for tensor in held.args]
-        return functools.partial(function, *args), lambda out: None
-    return functools.partial(function, *held.args), common.backward_of(held)
+    args = [tensor.detach() for tensor in held.args] if mode == "fwd" else held.args
+    _, has_backward = common.phases(mode)
+    backward = common.backward_of(held) if has_backward else lambda out: None
+    return functools.partial(function, *args), backward
 
 
 @_quietly
@@ -88,8 +88,10 @@ def first(op_name: str, impl: str, case: Any, mode: str, isa: str) -> dict:
     """What is known of an implementation before it is timed.
 
     Returns:
-        "label", what ran; "memory", the peak bytes of one call beyond its inputs and the baseline
-        in a process that ran nothing before, None where not measurable; "error", see error().
+        "label", what ran; "memory": the peak "bytes" of one call beyond its inputs, on a CPU in a
+        process that ran nothing before, the bytes "returned" that are part of them, and the
+        "baseline_bytes"; "error": "forward", "backward" and "case", the fields in which the problem
+        compared differs. None where there is nothing to measure.
     """
     use_isa(isa)
     op = OPS[op_name]
@@ -105,6 +107,7 @@ def first(op_name: str, impl: str, case: Any, mode: str, isa: str) -> dict:
     with common.backends_seen() as backends:
         out, grads = _run(op, impl, case, mode, held)
     used = meter.extra()
+    returned = sum(tensor.nbytes for tensor in (out, *(grads or ())))
     compared = _error_case(op, impl, case)
     if compared == case:
         found = op.compare(case, kept, out, grads, _seed(case))
@@ -115,7 +118,7 @@ def first(op_name: str, impl: str, case: Any, mode: str, isa: str) -> dict:
     found["case"] = {name: value for name, value in after.items() if value != before[name]}
     return {
         "label": label(op, impl, case, backends, held),
-        "memory": {"bytes": used, "baseline_bytes": meter.baseline},
+        "memory": {"bytes": used, "returned": returned, "baseline_bytes": meter.baseline},
         "error": {"backward": None} | found,
     }
 
@@ -221,8 +224,6 @@ def _sample(function: Callable, sets: list[Held], mode: str) -> timing.Sample:
     steps = [_steps(function, held, mode) for held in sets]
     if mode == "bwd":
         return timing.backward_alone(steps)
-    if mode == "fwd":
-        return timing.whole([forward for forward, _ in steps])
 
     def both(forward: Callable, backward: Callable) -> Any:
         return backward(forward())

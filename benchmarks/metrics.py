@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fusedformer.benchmarks import timing
-from fusedformer.benchmarks.suites import MEMORY
+from fusedformer.benchmarks.entries import MEMORY, WORKSPACE
 from fusedformer.benchmarks.tables import number
 
 
@@ -19,8 +19,8 @@ def ratio(row: dict, base: "dict | None") -> "dict[str, float] | None":
     """
     if base is None:
         return None
-    if row["quantity"] == MEMORY:
-        ours, theirs = (held.get("memory", {}).get("bytes") for held in (row, base))
+    if row["quantity"] in (MEMORY, WORKSPACE):
+        ours, theirs = memory(row), memory(base)
         if ours is None or theirs is None:
             return None
         value = theirs / max(ours, 1)
@@ -31,6 +31,14 @@ def ratio(row: dict, base: "dict | None") -> "dict[str, float] | None":
     ratios = [theirs / ours for theirs, ours in pairs]
     quantiles = {"median": 0.5, "p20": 0.2, "p80": 0.8}
     return {name: timing.quantile(ratios, q) for name, q in quantiles.items()}
+
+
+def memory(row: dict) -> "float | None":
+    """Bytes that a row is about: the peak beyond the inputs, of WORKSPACE less what is returned."""
+    held = row.get("memory")
+    if held is None or held["bytes"] is None:
+        return None
+    return max(0, held["bytes"] - (held["returned"] if row["quantity"] == WORKSPACE else 0))
 
 
 def baseline_of(row: dict, rows: Iterable[dict]) -> "dict | None":
@@ -50,6 +58,11 @@ def _ms(row: dict, part: str) -> "float | None":
 
 def _error(row: dict, part: str) -> "float | None":
     return row["error"][part] if "error" in row else None
+
+
+def _mebibytes(row: dict) -> "float | None":
+    held = memory(row)
+    return None if held is None else held / 2**20
 
 
 def _exponent(value: "float | None") -> str:

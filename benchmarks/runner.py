@@ -4,12 +4,12 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fusedformer.benchmarks import measure, timing, workers
+from fusedformer.benchmarks import gpu_state, measure, timing, workers
+from fusedformer.benchmarks.entries import OVERHEAD, TIME, Entry, default_baseline
 from fusedformer.benchmarks.ops.registry import OPS
-from fusedformer.benchmarks.suites import MEMORY, OVERHEAD, Entry, default_baseline
 from fusedformer.benchmarks.workers import Outcome, Workers
 
 NOT_HERE, WRONG, DOES_NOT_FIT, OVER_BUDGET = (
@@ -118,7 +118,7 @@ class Runner:
                 }
             elif self._first(entry, row, limit):
                 going.append(name)
-        if entry.quantity != MEMORY and going:
+        if entry.quantity in (TIME, OVERHEAD) and going:
             self._time(entry, {name: rows[name] for name in going})
         return list(rows.values())
 
@@ -140,11 +140,13 @@ class Runner:
 
     def _time(self, entry: Entry, rows: dict[str, dict]) -> None:
         limits, host = self.limits, entry.quantity == OVERHEAD
-        timed = self._call(
-            entry, measure.times, entry.op, list(rows), entry.case, entry.mode, entry.isa, host,
-            limits.seconds, limits.min_rounds, limits.max_rounds,
-        )  # fmt: skip
+        with gpu_state.watched(self.device) as state:
+            timed = self._call(
+                entry, measure.times, entry.op, list(rows), entry.case, entry.mode, entry.isa, host,
+                limits.seconds, limits.min_rounds, limits.max_rounds,
+            )  # fmt: skip
         for name, row in rows.items():
+            row["gpu"] = state or None
             outcome = timed.value[name] if timed.status == workers.OK else timed
             if outcome.status == workers.OK:
                 row["ms"] = timing.summary(outcome.value["ms"])
@@ -163,8 +165,7 @@ def _row(entry: Entry, name: str) -> dict:
         "isa": entry.isa or None,
         "case": entry.case.as_dict(),
         "baseline": entry.baseline or default_baseline(entry.op),
-        "at_least": entry.at_least,
-        "aim": entry.aim,
+        "goals": [asdict(goal) for goal in entry.goals] if name == "fused" else [],
         "flops": op.flops(entry.case, entry.mode),
         "bytes": op.moved(entry.case, entry.mode),
         "impl": name,

@@ -1,120 +1,59 @@
-"""The named suites of `fusedformer bench`: which problems, who takes part, and what is aimed at."""
+"""The named suites of `fusedformer bench`. Each takes (quick, device) and gives entries."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable
 
-from fusedformer.benchmarks.ops import attention, rows
-from fusedformer.benchmarks.ops.registry import OPS
+from fusedformer.benchmarks.entries import (
+    COPY,
+    MEMORY,
+    MICROSECONDS,
+    OVERHEAD,
+    OWN,
+    RATIO,
+    TFLOPS,
+    WORKSPACE,
+    Entry,
+    Goal,
+)
+from fusedformer.benchmarks.ops import attention, cross_entropy, rows
 
-TIME, MEMORY, OVERHEAD = "time", "memory", "overhead"
-
-MODE_NAMES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward+backward"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One problem in one mode, measured for several implementations.
-
-    Args:
-        op: its name.
-        case: the problem.
-        mode: one of common.MODES.
-        title: how the table calls it; "" makes one of the problem.
-        impls: names of the op's implementations; empty for all.
-        baseline: what ratios are taken against; "" for default_baseline().
-        quantity: "time", "memory" (the peak beyond the inputs) or "overhead" (the calling thread's
-            time).
-        at_least, aim: goals for the ratio baseline / fused, where there are.
-        isa: the instruction set that a CPU is held to, on both sides; "" for its best.
-    """
-
-    op: str
-    case: Any
-    mode: str
-    title: str = ""
-    impls: tuple[str, ...] = ()
-    baseline: str = ""
-    quantity: str = TIME
-    at_least: float | None = None
-    aim: float | None = None
-    isa: str = ""
-
-    def key(self) -> str:
-        """What tells it from every other entry, the same in every run."""
-        fields = ",".join(f"{name}={value}" for name, value in self.case.as_dict().items())
-        return "/".join(filter(None, (self.op, self.mode, self.quantity, fields, self.isa)))
-
-    def named(self) -> str:
-        """The title, or one made of the problem."""
-        return self.title or f"{self.op}, {problem(self.case)}: {MODE_NAMES[self.mode]}"
+Suite = Callable[[bool, str], list[Entry]]
 
 
-def problem(case: Any) -> str:
-    """A problem in a few words, such as "bf16, N = 4096, d = 64, causal, dropout 0.1"."""
-    parts = [case.dtype]
-    if isinstance(case, attention.Case):
-        parts.append(f"N = {case.seq}, d = {case.head_dim}")
-        parts += [f"{case.kv_heads} heads of keys"] if case.group > 1 else []
-        parts += ["causal"] * case.causal + ["padded"] * case.padded
-    elif isinstance(case, rows.Case):
-        parts.append(f"{case.rows} x {case.width}")
-    else:
-        parts.append(f"{case.rows} tokens, {case.vocab} classes")
-    parts += [f"dropout {case.dropout_p:g}"] if case.dropout_p else []
-    return ", ".join(parts)
+def _full_size_goals(entries: Iterable[Entry], quick: bool) -> list[Entry]:
+    """Goals are for the full sizes."""
+    return [entry.at(goals=()) if quick else entry for entry in entries]
 
 
-def changed(entry: Entry, **changes: Any) -> Entry:
-    """An entry with some fields changed."""
-    return replace(entry, **changes)
-
-
-def default_baseline(op: str) -> str:
-    """What an op's ratios are taken against: torch's SDPA, elsewhere eager PyTorch."""
-    return "sdpa" if op == "attention" else OPS[op].eager
-
+# --- The goals of the C++ kernels -----------------------------------------------------------------
 
 _CPU_ATTENTION = ("fused", "sdpa", "plain", "compile")
 
 
-def cpu(quick: bool = False, device: str = "cpu") -> list[Entry]:
-    """What the C++ kernels are held to, each beside PyTorch: see docs/benchmarks.md."""
+def cpu(quick: bool, device: str) -> list[Entry]:
+    """What the C++ kernels are held to, each beside PyTorch; one batch of 8 heads of 64."""
     if device != "cpu":
         raise ValueError(f"--suite cpu is for a CPU; --device is {device!r}")
-    seq, long = (256, 512) if quick else (4096, 8192)
-    base = attention.Case(1, 8, seq, 64)
-    entries = [
-        _attention(base, "fwd", "bf16", False, 4.3, 5.0),
-        _attention(base, "fwd", "bf16", True, 4.8, 5.6),
-        _attention(base, "fwd", "fp32", False, 2.3, 2.6),
-        _attention(base, "fwd", "fp32", True, 2.5, 2.9),
-        _attention(base, "fwd_bwd", "bf16", False, 3.4, 4.0),
-        _attention(base, "fwd_bwd", "bf16", True, 3.6, 4.3),
-        _attention(base, "fwd_bwd", "fp32", False, 2.3, 2.6),
-        _attention(base, "fwd_bwd", "fp32", True, 2.6, 3.0),
-    ]
+    base = attention.Case(1, 8, 256 if quick else 4096, 64)
     dropped = base.at(dropout_p=0.1)
-    entries += [
-        _attention(dropped, "fwd", "bf16", False, 33, 40),
-        _attention(dropped, "fwd_bwd", "bf16", False, 16, 19),
-        _attention(dropped, "fwd", "fp32", False, 18, 21),
-        _attention(dropped, "fwd_bwd", "fp32", False, 8.3, 9.5),
+    entries = [
+        *_attention(base, "fwd", "bf16", ((4.3, 5.0), (4.8, 5.6))),
+        *_attention(base, "fwd", "fp32", ((2.3, 2.6), (2.5, 2.9))),
+        *_attention(base, "fwd_bwd", "bf16", ((3.4, 4.0), (3.6, 4.3))),
+        *_attention(base, "fwd_bwd", "fp32", ((2.3, 2.6), (2.6, 3.0))),
+        *_attention(dropped, "fwd", "bf16", ((33, 40),)),
+        *_attention(dropped, "fwd_bwd", "bf16", ((16, 19),)),
+        *_attention(dropped, "fwd", "fp32", ((18, 21),)),
+        *_attention(dropped, "fwd_bwd", "fp32", ((8.3, 9.5),)),
+        *_attention(base, "fwd_bwd", "fp16", ((16, 18),)),
+        *_attention(base, "fwd", "fp32", ((1.15, 1.3), (1.4, 1.6)), "avx2"),
     ]
     for mode in ("fwd", "fwd_bwd"):
-        what = f"attention, bf16, N = {long}, full, dropout 0.1: peak memory, {MODE_NAMES[mode]}"
-        case = dropped.at(seq=long, dtype="bf16")
-        entries.append(
-            Entry("attention", case, mode, what, ("fused", "sdpa"), "", MEMORY, at_least=130)
-        )
-    entries.append(_attention(base, "fwd_bwd", "fp16", False, 16, 18))
-    entries += [
-        _attention(base, "fwd", "fp32", False, 1.15, 1.3, isa="avx2"),
-        _attention(base, "fwd", "fp32", True, 1.4, 1.6, isa="avx2"),
-    ]
-    small, large = (rows.Case(64, 64), rows.Case(128, 128))
-    if not quick:
-        small, large = rows.Case(4096, 512), rows.Case(16384, 4096)
+        case = dropped.at(seq=512 if quick else 8192, dtype="bf16")
+        goals = (Goal(RATIO, 130),)
+        entries.append(Entry("attention", case, mode, "", ("fused", "sdpa"), "", MEMORY, goals))
+    small, large = rows.Case(4096, 512), rows.Case(16384, 4096)
+    if quick:
+        small, large = rows.Case(64, 64), rows.Case(128, 128)
     entries += [
         _norm(small, "fwd", "fp32", 19, 22),
         _norm(small, "fwd", "bf16", 38, 45),
@@ -123,45 +62,118 @@ def cpu(quick: bool = False, device: str = "cpu") -> list[Entry]:
         _norm(large, "fwd", "fp32", 6.5, 9),
         _norm(large, "fwd_bwd", "fp32", 2.8, 3.5),
     ]
-    for mode, at_least in (("fwd", 1.0), ("fwd_bwd", None)):
-        what = f"attention, fp32, N = 16, {MODE_NAMES[mode]}: one call"
-        impls = ("fused", "sdpa", "plain")
-        entries.append(
-            Entry("attention", base.at(seq=16), mode, what, impls, "", OVERHEAD, at_least)
+    overhead = {"fwd": (Goal(RATIO, 1.0),), "fwd_grad": (), "fwd_bwd": ()}
+    entries += [
+        Entry(
+            "attention", base.at(seq=16), mode, "", ("fused", "sdpa", "plain"), "", OVERHEAD, goals
         )
-    # Goals are for the full sizes.
-    return [changed(entry, at_least=None, aim=None) for entry in entries] if quick else entries
+        for mode, goals in overhead.items()
+    ]
+    return _full_size_goals(entries, quick)
 
 
 def _attention(
-    base: attention.Case, mode: str, dtype: str, causal: bool, at_least: float, aim: float, isa=""
-) -> Entry:
-    case = base.at(dtype=dtype, causal=causal)
-    title = f"attention, {dtype}, {'causal' if causal else 'full'}"
-    title += f", dropout {case.dropout_p:g}" if case.dropout_p else ""
-    title += f", held to {isa.upper()}" if isa else ""
+    base: attention.Case,
+    mode: str,
+    dtype: str,
+    goals: "tuple[tuple[float, float], ...]",
+    isa: str = "",
+) -> list[Entry]:
+    """Full, and where there is a second goal causal."""
     impls = _CPU_ATTENTION[:3] if isa else _CPU_ATTENTION
-    return Entry(
-        "attention", case, mode, f"{title}: {MODE_NAMES[mode]}", impls,
-        at_least=at_least, aim=aim, isa=isa,
-    )  # fmt: skip
+    return [
+        Entry(
+            "attention", base.at(dtype=dtype, causal=causal), mode, "", impls,
+            goals=(Goal(RATIO, *goal),), isa=isa,
+        )
+        for causal, goal in zip((False, True), goals, strict=False)
+    ]  # fmt: skip
 
 
 def _norm(size: rows.Case, mode: str, dtype: str, at_least: float, aim: float) -> Entry:
     case = size.at(dtype=dtype, dropout_p=0.1)
-    title = f"dropout_add_layer_norm, {dtype}, {case.rows} x {case.width}: {MODE_NAMES[mode]}"
-    return Entry("dropout_add_layer_norm", case, mode, title, at_least=at_least, aim=aim)
+    return Entry("dropout_add_layer_norm", case, mode, goals=(Goal(RATIO, at_least, aim),))
 
 
-# name -> (quick, device) -> entries
-SUITES: dict[str, Callable[..., list[Entry]]] = {"cpu": cpu}
+# --- The goals of the GPU kernels -----------------------------------------------------------------
+
+_SDPA = ("fused", "sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
+_PEERS = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "transformer-engine")
 
 
-def sample(op: str, device: str) -> Any:
-    """A small problem of an op, in a dtype that every implementation takes."""
-    kind = OPS[op].case
-    if kind is attention.Case:
-        return attention.Case(1, 2, 128, 64, "bf16", device=device)
-    if kind is rows.Case:
-        return rows.Case(32, 128, "bf16", device=device)
-    return kind(rows=32, vocab=1024, hidden=128, dtype="bf16", device=device)
+def gpu(quick: bool, device: str) -> list[Entry]:
+    """What the GPU kernels are held to; 32k tokens, heads times head dimension 2048."""
+    scale = 16 if device == "cpu" else 1
+    long = 8192 // scale // (4 if quick else 1)
+
+    def case(dim: int, seq: int = long, **more: object) -> attention.Case:
+        return attention.Case(
+            max(1, 32768 // scale // seq), max(1, 2048 // scale // dim), seq, dim, "bf16",
+            device=device, **more,
+        )  # fmt: skip
+
+    d128 = case(128, causal=True)
+    impls = (*_SDPA, *_PEERS, "flex", "compile")
+    entries = [
+        Entry("attention", d128, "fwd", "", impls, goals=(Goal(TFLOPS, 420, 480),)),
+        Entry("attention", d128, "bwd", "", impls, goals=(Goal(TFLOPS, 320, 400),)),
+    ]
+    # Dropout, against torch and against our own without it.
+    for dim, own in ((128, Goal(OWN, 0.80, 0.88)), (64, Goal(OWN, 0.68, 0.78))):
+        for causal in (True, False):
+            plain = case(dim, causal=causal)
+            dropped = plain.at(dropout_p=0.1)
+            goals = (Goal(RATIO, 1.25, 1.4), own)
+            entries += [
+                Entry("attention", plain, "fwd_bwd", "", _SDPA),
+                Entry("attention", dropped, "fwd_bwd", "", _SDPA, goals=goals),
+            ]
+    entries += _gpu_rows(quick, device, scale)
+    entries += _gpu_losses(device, scale)
+    small = attention.Case(1, 8, 128, 64, "bf16", device=device)
+    for mode, at_most in (("fwd", (22, 15)), ("fwd_grad", (30, 22))):
+        goals = (Goal(MICROSECONDS, *at_most),)
+        entries.append(Entry("attention", small, mode, "", ("fused", "sdpa"), "", OVERHEAD, goals))
+    longest = attention.Case(1, 16, 65536 // scale**2, 128, "bf16", True, 0.1, device)
+    entries.append(Entry("attention", longest, "fwd_bwd", "", ("fused", "sdpa")))
+    return _full_size_goals(entries, quick or device == "cpu")
+
+
+def _gpu_rows(quick: bool, device: str, scale: int) -> list[Entry]:
+    entries = []
+    widths = (1024, 4096) if quick else (768, 1024, 2048, 4096, 8192, 16384)
+    for width in widths:
+        size = rows.Case(2**27 // width // scale**2, width, "bf16", 0.1, device)
+        forward = (Goal(COPY, 0.75, 0.80) if width == 768 else Goal(COPY, 0.88, 0.92),)
+        against = (Goal(RATIO, 1.0, 1.1),)
+        backward = (Goal(COPY, 0.75, 0.85),) if 1024 <= width <= 8192 else ()
+        for mode, goal in (("fwd", forward), ("bwd", backward)):
+            entries.append(
+                Entry("dropout_add_layer_norm", size, mode, "", (), "compile", goals=goal + against)
+            )
+    return entries
+
+
+def _gpu_losses(device: str, scale: int) -> list[Entry]:
+    entries = []
+    for vocab in (32768, 131072):
+        case = cross_entropy.Case(2**29 // vocab // scale**2, vocab, 0, "bf16", device)
+        entries += [
+            Entry("cross_entropy", case, "fwd", goals=(Goal(COPY, 0.88, 0.92),)),
+            Entry("cross_entropy", case, "fwd_bwd", goals=(Goal(COPY, 0.60, 0.65),)),
+        ]
+    case = cross_entropy.Case(32768 // scale**2, 131072 // scale, 2048 // scale, "bf16", device)
+    entries += [
+        Entry(
+            "linear_cross_entropy", case, "fwd_bwd", "", (), "compile",
+            goals=(Goal(RATIO, 1 / 1.15, 1 / 1.05),),
+        ),
+        Entry(
+            "linear_cross_entropy", case, "fwd_bwd", "", ("fused", "eager", "compile"), "compile",
+            WORKSPACE, (Goal(RATIO, 8, 12),),
+        ),
+    ]  # fmt: skip
+    return entries
+
+
+SUITES: dict[str, Suite] = {"cpu": cpu, "gpu": gpu}

@@ -1,10 +1,12 @@
 """Stands in for worker processes: runs calls here, or fails as a process would."""
 
+import contextlib
+
 from fusedformer.benchmarks import workers
 from fusedformer.benchmarks.workers import Outcome
 
 
-class Inline:
+class Inline(contextlib.nullcontext):
     """Runs every call in this process.
 
     Args:
@@ -13,6 +15,7 @@ class Inline:
     """
 
     def __init__(self, failures=None, before=lambda function, args: None):
+        super().__init__(self)
         self.failures = failures or {}
         self.before = before
 

@@ -1,6 +1,5 @@
 """fusedformer bench: what it measures, what it flags, rows for what fails, its files."""
 
-import json
 import math
 
 import pytest
@@ -11,17 +10,21 @@ from fusedformer import cli
 from fusedformer.benchmarks import (
     bench_options,
     bench_tables,
+    ceilings,
     document,
+    entries,
+    goals,
     measure,
     metrics,
+    points,
     runner,
     suites,
     workers,
 )
+from fusedformer.benchmarks.entries import Entry
 from fusedformer.benchmarks.ops import attention, common, cross_entropy, rows
 from fusedformer.benchmarks.ops.common import Impl
 from fusedformer.benchmarks.ops.registry import OPS
-from fusedformer.benchmarks.suites import Entry
 from fusedformer.benchmarks.workers import Outcome
 
 CASES = {
@@ -36,10 +39,10 @@ TINY = attention.Case(1, 2, 16, 8)
 QUICK = runner.Limits(seconds=0.01, max_rounds=3)
 
 
-def measured(entries, failures=None, before=lambda function, args: None, limits=QUICK, kept=()):
+def measured(asked, failures=None, before=lambda function, args: None, limits=QUICK, kept=()):
     with runner.Runner("cpu", limits, list(kept)) as held:
         held._pools[""] = Inline(failures, before)
-        list(held.run(entries, lambda entry: None))
+        list(held.run(asked, lambda entry: None))
         return held.rows
 
 
@@ -147,7 +150,7 @@ def test_rows():
         assert 0 < row["error"]["backward"] < 1e-5
         assert row["flops"] == attention.flops(TINY, "fwd_bwd")
         assert row["key"] == entry.key()
-    assert {row["key"] for row in measured([suites.changed(entry, mode="fwd")])} != {entry.key()}
+    assert {row["key"] for row in measured([entry.at(mode="fwd")])} != {entry.key()}
 
 
 def _impl(function, **options):
@@ -226,10 +229,10 @@ def test_a_spent_budget_is_a_row():
 
 
 def test_rows_of_a_run_before_are_kept():
-    entries = [Entry("attention", TINY.at(seq=n), "fwd", impls=("plain",)) for n in (8, 16)]
-    before = measured(entries[:1])
+    both = [Entry("attention", TINY.at(seq=n), "fwd", impls=("plain",)) for n in (8, 16)]
+    before = measured(both[:1])
     asked = []
-    after = measured(entries, before=lambda function, args: asked.append(args[-1]), kept=before)
+    after = measured(both, before=lambda function, args: asked.append(args), kept=before)
     assert after[0] is before[0]
     assert [row["case"]["seq"] for row in after] == [8, 16]
     assert all("seq=8" not in str(args) for args in asked)
@@ -241,7 +244,7 @@ def test_rows_of_a_run_before_are_kept():
 def row(impl, samples=None, **more):
     held = {
         "key": "k", "title": "t", "op": "attention", "mode": "fwd", "quantity": "time",
-        "isa": None, "case": TINY.as_dict(), "baseline": "sdpa", "at_least": 4.0, "aim": 5.0,
+        "isa": None, "case": TINY.as_dict(), "baseline": "sdpa", "goals": [],
         "flops": 2e9, "bytes": 1e6, "impl": impl, "label": impl, "version": None,
         "status": workers.OK, "reason": "",
     }  # fmt: skip
@@ -257,12 +260,14 @@ def test_ratio_is_of_rounds():
     assert metrics.ratio(ours, base)["median"] == 5.0
     assert metrics.ratio(ours, None) is None
     assert metrics.ratio(row("fused"), base) is None
-    small, large = ({"memory": {"bytes": n}, "quantity": "memory"} for n in (2, 400))
-    assert metrics.ratio(row("fused", **small), row("sdpa", **large))["median"] == 200
+    memory = [{"bytes": n + 2, "returned": 2} for n in (2, 398)]
+    for quantity, ratio in (("memory", 100), ("workspace", 199)):
+        small, large = ({"memory": held, "quantity": quantity} for held in memory)
+        assert metrics.ratio(row("fused", **small), row("sdpa", **large))["median"] == ratio
 
 
 def test_metrics_by_hand():
-    held = row("fused", [2.0] * 3, memory={"bytes": 3 * 2**20})
+    held = row("fused", [2.0] * 3, memory={"bytes": 3 * 2**20, "returned": 0})
     values = {name: metric.value(held, None) for name, metric in metrics.METRICS.items()}
     assert values["latency"] == 2.0
     assert values["tflops"] == pytest.approx(1.0)
@@ -271,11 +276,29 @@ def test_metrics_by_hand():
     assert values["speedup"] is None
 
 
+def goal(kind, at_least, aim=None):
+    return {"kind": kind, "at_least": at_least, "aim": aim}
+
+
 @pytest.mark.parametrize(("factor", "said"), [(3.0, "no"), (4.5, "yes"), (5.0, "aim")])
 def test_goals(factor, said):
-    data = {"rows": [row("fused", [1.0] * 3), row("sdpa", [factor] * 3)]}
-    (table,) = bench_tables.reach(data)
+    ours = row("fused", [1.0] * 3, goals=[goal("ratio", 4.0, 5.0)])
+    (table,) = bench_tables.reach({"rows": [ours, row("sdpa", [factor] * 3)]})
     assert table.rows[0][-1] == said
+
+
+def test_kinds_of_goals():
+    dropped = TINY.at(dropout_p=0.1).as_dict()
+    ours = row("fused", [2.0] * 3, case=dropped)
+    data = {"rows": [ours, row("fused", [1.5] * 3)], "ceilings": {"copy_gbps": 2.0}}
+    values = {kind: goals.value(kind, ours, data) for kind in ("tflops", "copy", "own")}
+    assert values == pytest.approx({"tflops": 1.0, "copy": 0.25, "own": 0.75})
+    assert goals.value("microseconds", ours, data) == 2000
+    assert goals.value("ratio", ours, data) is None
+    # The one kind where less is better.
+    for at_most, aim, said in ((1000, None, "no"), (2000, 1000, "yes"), (3000, 2000, "aim")):
+        assert goals.reached(goal("microseconds", at_most, aim), ours, data) == said
+    assert goals.reached(goal("ratio", 1.0), ours, data) == "not measured"
 
 
 def test_csv():
@@ -290,25 +313,25 @@ def test_csv():
 
 
 def test_the_cpu_suite_has_every_goal():
-    entries = suites.SUITES["cpu"]()
-    goals = [(entry.at_least, entry.aim) for entry in entries if entry.at_least]
-    assert len(goals) == 4 + 4 + 4 + 2 + 1 + 2 + 6 + 1
-    assert len({entry.key() for entry in entries}) == len(entries)
-    assert all(entry.case.seq == 4096 for entry in entries if entry.at_least == 4.3)
-    assert not any(entry.at_least for entry in suites.SUITES["cpu"](quick=True))
+    asked = suites.SUITES["cpu"](False, "cpu")
+    assert sum(len(entry.goals) for entry in asked) == 4 + 4 + 4 + 2 + 1 + 2 + 6 + 1
+    assert not any(entry.goals for entry in suites.SUITES["cpu"](True, "cpu"))
+    with pytest.raises(ValueError, match="--suite cpu is for a CPU"):
+        suites.SUITES["cpu"](False, "cuda")
 
 
-@pytest.mark.parametrize("name", suites.SUITES)
-def test_suites_name_what_there_is(name):
-    device = "cuda" if name == "gpu" else "cpu"
-    for quick in (False, True):
-        entries = suites.SUITES[name](quick=quick, device=device)
-        assert len({entry.key() for entry in entries}) == len(entries)
-        for entry in entries:
-            op = OPS[entry.op]
-            assert set(entry.impls) <= set(op.impls)
-            assert (entry.baseline or suites.default_baseline(entry.op)) in op.impls
-            assert isinstance(entry.case, op.case)
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize(("name", "device"), [("cpu", "cpu"), ("gpu", "cuda"), ("gpu", "cpu")])
+def test_suites_name_what_there_is(name, device, quick):
+    asked = suites.SUITES[name](quick, device)
+    assert len({entry.key() for entry in asked}) == len(asked)
+    assert len({entry.named() for entry in asked}) == len(asked)
+    for entry in asked:
+        op = OPS[entry.op]
+        assert set(entry.impls) <= set(op.impls)
+        assert (entry.baseline or entries.default_baseline(entry.op)) in op.impls
+        assert isinstance(entry.case, op.case)
+        assert entry.case.device == device
 
 
 def test_list(capsys, monkeypatch):
@@ -361,8 +384,18 @@ def test_options_make_the_product():
     assert {e.case.dropout_p for e in options.entries if e.op != "attention"} == {0.1}
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """Everything in this process, on a machine that stays the same."""
+    environment = points.describe("cpu")
+    monkeypatch.setattr(runner, "Workers", lambda fresh, env: Inline())
+    monkeypatch.setattr(points, "describe", lambda device: dict(environment))
+    monkeypatch.setattr(ceilings, "measure", lambda device: {"copy_gbps": 1.0})
+    return environment
+
+
 @pytest.mark.parametrize("cut", [False, True])
-def test_run_resume_and_interrupt(cut, tmp_path, monkeypatch, capsys):
+def test_run_resume_and_interrupt(cut, here, tmp_path, monkeypatch, capsys):
     """What is on disk after a Ctrl-C is whole, and --resume measures the rest alone."""
     argv = ["bench", "--device=cpu", "--op=attention", "--mode=fwd", "--seq=8,16", "--heads=1"]
     argv += ["--head-dim=4", "--dtype=fp32", "--only=plain", "--seconds=0.01", "--max-rounds=3"]
@@ -390,16 +423,13 @@ def test_run_resume_and_interrupt(cut, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("op,mode,quantity,isa,batch")
 
 
-def test_resume_refuses_another_machine(tmp_path, capsys):
+def test_resume_refuses_another_machine(here, tmp_path, capsys):
     argv = ["bench", "--device=cpu", "--op=attention", "--only=plain", "--seq=8", "--mode=fwd"]
     argv += ["--dtype=fp32", "--seconds=0.01", "--max-rounds=3", f"--out={tmp_path}"]
     assert cli.main(argv) == 0
-    path = tmp_path / "bench.json"
-    data = json.loads(path.read_text())
-    data["environment"]["device_name"] = "another"
-    path.write_text(json.dumps(data))
+    here["device_name"] = "another"
     assert cli.main([*argv, "--resume"]) == cli.USER_ERROR
-    assert "was measured with device_name 'another'" in capsys.readouterr().err
+    assert "here it is 'another'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

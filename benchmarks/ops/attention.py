@@ -179,7 +179,7 @@ def flops(case: Case, mode: str) -> float:
     forward = 4.0 * case.batch * case.heads * case.seq**2 * case.head_dim
     if case.causal:
         forward /= 2
-    return forward * {"fwd": 1.0, "bwd": 2.5, "fwd_bwd": 3.5}[mode]
+    return common.cost(mode, forward, 2.5 * forward)
 
 
 def moved(case: Case, mode: str) -> float:
@@ -187,8 +187,7 @@ def moved(case: Case, mode: str) -> float:
     row = case.batch * case.seq * case.head_dim * common.DTYPES[case.dtype].itemsize
     query, key = row * case.heads, row * (case.kv_heads or case.heads)
     lse = 4 * case.batch * case.heads * case.seq
-    forward, backward = 2 * query + 2 * key + lse, 4 * query + 4 * key + lse
-    return float({"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[mode])
+    return common.cost(mode, 2 * query + 2 * key + lse, 4 * query + 4 * key + lse)
 
 
 # Bytes per score that an implementation with N x N matrices holds at its peak, and what dropout

@@ -19,8 +19,20 @@ from fusedformer.kernels import dispatch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Forward without a gradient; backward alone; one forward with its backward.
-MODES = ("fwd", "bwd", "fwd_bwd")
+# Forward without a gradient; forward that keeps what its backward needs; backward alone; one
+# forward with its backward.
+MODES = ("fwd", "fwd_grad", "bwd", "fwd_bwd")
+
+
+def phases(mode: str) -> tuple[bool, bool]:
+    """Whether a mode's time has the forward in it, and the backward."""
+    return mode != "bwd", mode in ("bwd", "fwd_bwd")
+
+
+def cost(mode: str, forward: float, backward: float) -> float:
+    """A mode's operations or bytes, from those of forward and backward."""
+    has_forward, has_backward = phases(mode)
+    return float(forward * has_forward + backward * has_backward)
 
 
 class Sizes:

@@ -104,7 +104,7 @@ def _seeded(
 
 def _bytes(case: Case, mode: str) -> float:
     logits = float(case.rows * case.vocab * common.DTYPES[case.dtype].itemsize)
-    return logits * {"fwd": 1, "bwd": 2, "fwd_bwd": 3}[mode]
+    return logits * common.cost(mode, 1, 2)
 
 
 def _logits_peak(impl: str, case: Case) -> float:
@@ -159,7 +159,7 @@ def _linear_seeded(
 
 def _linear_flops(case: Case, mode: str) -> float:
     product = 2.0 * case.rows * case.hidden * case.vocab
-    return product * {"fwd": 1, "bwd": 2, "fwd_bwd": 3}[mode]
+    return product * common.cost(mode, 1, 2)
 
 
 def _linear_peak(impl: str, case: Case) -> float:

@@ -41,8 +41,7 @@ def tiny(case: Case) -> Case:
 
 def moves(forward: float, backward: float) -> Callable[[Case, str], float]:
     """The bytes of an op that reads and writes so many matrices forward and backward."""
-    times = {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}
-    return lambda case, mode: case.matrix_bytes() * times[mode]
+    return lambda case, mode: case.matrix_bytes() * common.cost(mode, forward, backward)
 
 
 def compare_with(

@@ -1,0 +1,69 @@
+"""What the machine can do at best, measured: copy bandwidth, matrix products, one launch.
+
+Rooflines and shares of a ceiling are against these, not against a data sheet. These functions run
+inside worker processes.
+"""
+
+import torch
+
+from fusedformer.benchmarks import timing
+from fusedformer.benchmarks.ops import common
+
+# Bytes of the tensor that is copied, and the side of the square matrices: well past every cache,
+# and under a second of measuring on each device.
+_COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+_SIDE = {"cpu": 2048, "cuda": 8192}
+_SECONDS = 0.5
+
+
+def measure(device: str) -> dict:
+    """The ceilings of "cpu" or "cuda".
+
+    Returns:
+        "copy_gbps": bytes read and written per second of a large copy, 1e9 a unit;
+        "matmul_tflops": dtype -> 1e12 operations per second of a large square product of random
+        matrices (on a GPU also "tf32", that of float32 with TF32 allowed);
+        "call_us": the calling thread's microseconds for one small in-place addition.
+    """
+    clock = timing.clock_for(device)
+    copy = _copy(device, clock)
+    products = {name: _product(device, name, clock) for name in common.DTYPES}
+    if device == "cuda":
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        products["tf32"] = _product(device, "fp32", clock)
+        torch.backends.cuda.matmul.allow_tf32 = before
+    one = torch.zeros(1, device=device)
+    call = _best(lambda: one.add_(1), timing.clock_for(device, host=True))
+    return {
+        "copy_gbps": copy,
+        "matmul_tflops": products,
+        "call_us": call * 1e3,
+    }
+
+
+def _copy(device: str, clock: timing.Clock) -> float:
+    source = torch.randint(2**31, (_COPY_BYTES[device] // 8,), device=device)  # 8 bytes each
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), clock) / 1e6
+
+
+def _product(device: str, dtype: str, clock: timing.Clock) -> "float | None":
+    side = _SIDE[device]
+    if device == "cpu" and dtype == "fp16":
+        side //= 2  # without hardware for it, torch takes long
+    try:
+        a, b = (torch.randn(side, side, device=device).to(common.DTYPES[dtype]) for _ in range(2))
+        return 2 * side**3 / _best(lambda: a @ b, clock) / 1e9
+    except RuntimeError:  # a dtype that this device cannot multiply
+        return None
+
+
+def _best(call: timing.Call, clock: timing.Clock) -> float:
+    """Milliseconds of a call: the median of rounds."""
+    found = timing.time_interleaved(
+        {"": timing.whole([call])}, clock, seconds=_SECONDS, min_rounds=3, max_rounds=50, warmup=2
+    )[""]
+    if "error" in found:
+        raise found["error"]
+    return timing.quantile(found["ms"], 0.5)
