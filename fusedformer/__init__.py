@@ -13,6 +13,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
 
 from fusedformer import nn
 from fusedformer.integrations.sdpa import sdpa
+from fusedformer.kernels import flops as _flops
 from fusedformer.kernels.activation import bias_activation
 from fusedformer.kernels.attention import attention
 from fusedformer.kernels.cross_entropy import cross_entropy
@@ -25,6 +26,8 @@ from fusedformer.transformer.bert import BERT, BERTConfig
 from fusedformer.transformer.gpt import GPT, GPTConfig
 from fusedformer.transformer.seq2seq import Transformer, TransformerConfig
 from fusedformer.transformer.vit import ViT, ViTConfig
+
+_flops.register()
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,7 @@ from fusedformer.kernels.checks import (
     distinct,
     shape,
 )
-from fusedformer.kernels.function import run
+from fusedformer.kernels.function import Function, run
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -67,7 +67,7 @@ dispatch.define(
 )
 
 
-class _BiasActivation(torch.autograd.Function):
+class _BiasActivation(Function):
     @staticmethod
     def forward(x, bias, seed, activation, dropout_p, backend):
         return torch.ops.fusedformer.bias_activation_fwd.default(

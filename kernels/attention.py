@@ -21,7 +21,7 @@ from fusedformer.kernels.checks import (
     distinct,
     shape,
 )
-from fusedformer.kernels.function import run
+from fusedformer.kernels.function import Function, run
 
 MAX_HEAD_DIM = 256
 
@@ -116,7 +116,7 @@ dispatch.define(
 )
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     # Parameters by name: Dynamo cannot trace forward(*args) where nothing requires a gradient.
     @staticmethod
     def forward(

@@ -1,7 +1,8 @@
 """Argument checks that every op shares; each error names the op, the argument, got and wanted."""
 
 import math
-from typing import Any
+import numbers
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ def check_tensor(
         )
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, Python's or numpy's; a bool is none."""
+    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is an integer, Python's or numpy's; a bool is none."""
+    return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
+
+
 def check_dropout_p(op: str, p: object, name: str = "dropout_p") -> None:
     """Raises unless p, an argument called ``name``, is a number in [0, 1].
 
@@ -53,7 +64,7 @@ def check_dropout_p(op: str, p: object, name: str = "dropout_p") -> None:
         TypeError: not a number.
         ValueError: below 0, above 1 or NaN.
     """
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
+    if not is_number(p):
         raise TypeError(f"{op}: {name} must be a number from 0 to 1; got {p!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: {name} must be from 0 to 1; got {p}")
@@ -66,7 +77,7 @@ def checked_scale(op: str, scale: object) -> float:
         TypeError: not a number.
         ValueError: NaN or infinite.
     """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+    if not is_number(scale) and not isinstance(scale, torch.SymFloat):
         raise TypeError(f"{op}: scale must be a number; got {scale!r}")
     value = float(scale)
     if not math.isfinite(value):
@@ -83,13 +94,18 @@ def distinct(*tensors: Any) -> list[Any]:
     return seen
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is on for a type of device; there are some that it does not know."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(op: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's matmul-like ops do.
 
     Like torch's, it leaves float64 alone.
     """
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch
-from fusedformer.kernels.checks import check_floating, check_tensor, shape
-from fusedformer.kernels.function import run
+from fusedformer.kernels.checks import (
+    autocast_is_on,
+    check_floating,
+    check_tensor,
+    is_integer,
+    is_number,
+    shape,
+)
+from fusedformer.kernels.function import Function, run
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -83,7 +90,7 @@ dispatch.define(
 )
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     """Losses, rows' weights and LSE; gradients flow through the losses alone."""
 
     @staticmethod
@@ -150,13 +157,13 @@ def check_loss_options(
             raise TypeError(f"{name}: a float64 weight needs a float64 input; got {like.dtype}")
         if weight.requires_grad:
             raise ValueError(f"{name}: weight must not require a gradient: it gets none")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if not is_integer(ignore_index):
         raise TypeError(f"{name}: ignore_index must be an int; got {ignore_index!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"{name}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
         )
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+    if not is_number(label_smoothing):
         raise TypeError(
             f"{name}: label_smoothing must be a number from 0 to 1; got {label_smoothing!r}"
         )
@@ -166,7 +173,7 @@ def check_loss_options(
 
 def loss_dtype(tensor: Tensor) -> torch.dtype:
     """Of the result: the input's, as torch's; float32 under autocast, whose list has the losses."""
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):
+    if tensor.dtype != torch.float64 and autocast_is_on(tensor.device.type):
         return torch.float32
     return tensor.dtype
 
@@ -250,7 +257,7 @@ def cross_entropy(
     )
     losses, row_weights, _ = run(
         _CrossEntropy,
-        logits, target, weight, ignore_index, float(label_smoothing),
+        logits, target, weight, int(ignore_index), float(label_smoothing),
         dispatch.checked(name, backend),
     )  # fmt: skip
     if reduction == "mean":

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
 from fusedformer.kernels.checks import check_dropout_p, check_floating
-from fusedformer.kernels.function import run
+from fusedformer.kernels.function import Function, run
 
 # --- Registered ops -------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ dispatch.define(
 )
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     # Named one by one: where nothing needs a gradient, Dynamo cannot trace a forward(*args).
     @staticmethod
     def forward(x, seed, p, backend):

@@ -14,9 +14,10 @@ from fusedformer.kernels.checks import (
     check_floating,
     check_tensor,
     distinct,
+    is_number,
     shape,
 )
-from fusedformer.kernels.function import run
+from fusedformer.kernels.function import Function, run
 
 OP = "dropout_add_layer_norm"
 
@@ -131,7 +132,7 @@ dispatch.define(
 )
 
 
-class _DropoutAddLayerNorm(torch.autograd.Function):
+class _DropoutAddLayerNorm(Function):
     # Named one by one: where nothing needs a gradient, Dynamo cannot trace a forward(*args).
     @staticmethod
     def forward(
@@ -204,7 +205,7 @@ def _check(name: str, x: Tensor, eps: float, **others: "Tensor | None") -> None:
             raise ValueError(
                 f"{name}: {label} must be {tuple(wanted)}, as x is {shape(x)}; got {shape(tensor)}"
             )
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    if not is_number(eps):
         raise TypeError(f"{name}: eps must be a number, 0 or more; got {eps!r}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{name}: eps must be a number, 0 or more; got {eps}")

@@ -30,7 +30,7 @@ from fusedformer.kernels.cross_entropy import (
     loss_dtype,
     statistics_dtype,
 )
-from fusedformer.kernels.function import run
+from fusedformer.kernels.function import Function, run
 
 # --- Chunks ---------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ dispatch.define(
 )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     """The loss, then what the backward needs: divisor, LSE and the gradients of the sum."""
 
     @staticmethod
@@ -346,7 +346,7 @@ def linear_cross_entropy(
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
     loss, *_ = run(
         _LinearCrossEntropy,
-        *trained, target, weight, ignore_index, float(label_smoothing), reduction, wanted,
+        *trained, target, weight, int(ignore_index), float(label_smoothing), reduction, wanted,
         dispatch.checked(name, backend),
     )  # fmt: skip
     return loss.to(dtype)

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedformer.kernels.checks import is_integer
+
 RNG_VERSION = 1
 ROUNDS = 7
 
@@ -60,9 +62,9 @@ def check_seed(name: str, seed: object, device: torch.device) -> None:
                 f"{tuple(seed.shape)} {seed.dtype} tensor on {seed.device}"
             )
     elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if not is_integer(seed):
             raise TypeError(f"{name}: seed must be an int or a 0-d int64 tensor; got {seed!r}")
-        if not -(2**63) <= seed < 2**63:
+        if not -(2**63) <= int(seed) < 2**63:
             raise ValueError(f"{name}: seed must fit in 64 bits; got {seed}")
 
 
@@ -78,11 +80,16 @@ def as_seed(name: str, seed: "int | Tensor | None", device: torch.device) -> Ten
     if isinstance(seed, Tensor):
         return seed
     # A fill on the device: no copy from the host, so no synchronisation.
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    return torch.full((), int(seed), dtype=torch.int64, device=device)
 
 
 def check_positions(op: str, shape: Sequence[int], offsets: Sequence[int]) -> None:
-    """Raises ValueError where a position of attention's dropout has no counter of its own."""
+    """Raises ValueError where a position of attention's dropout has no counter of its own.
+
+    Not while compiling: it would bound sizes that are symbols, and dynamic ones are to have none.
+    """
+    if torch.compiler.is_compiling():
+        return
     for name, size, offset, bits in zip(
         ("batch", "head", "query", "key"), shape, offsets, (32, 16, 34, 34), strict=True
     ):

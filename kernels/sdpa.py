@@ -22,7 +22,8 @@ def scaled_dot_product_attention(
     """``torch.nn.functional.scaled_dot_product_attention`` on our kernels; see attention().
 
     The arguments, their order and the causal rule are torch's: query i sees keys j <= i (top-left
-    aligned). Leading dimensions may be any number; value may have another head dimension.
+    aligned). Leading dimensions may be any number and broadcast; value may have another head
+    dimension.
 
     Args:
         query: (..., H, Nq, D). key: (..., Hkv, Nk, D). value: (..., Hkv, Nk, Dv).
@@ -32,29 +33,21 @@ def scaled_dot_product_attention(
         (..., H, Nq, Dv).
 
     Raises:
-        ValueError, TypeError: as attention(); also attn_mask together with is_causal, or unlike
-            head counts without enable_gqa.
+        ValueError, TypeError: as attention(); also attn_mask together with is_causal, or leading
+            dimensions that do not broadcast, such as unlike head counts without enable_gqa.
     """
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise ValueError(f"{name}: attn_mask must be None when is_causal is set")
+    own = 3 if enable_gqa else 2  # dimensions that do not broadcast: heads only without groups
     for label, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(name, label, tensor)
-        if tensor.dim() < 2 or tensor.dim() != query.dim():
+        if tensor.dim() < own:
             raise ValueError(
-                f"{name}: query, key and value must have the same number of dimensions, 2 or more; "
-                f"{label} is {shape(tensor)}"
+                f"{name}: {label} must have {own} dimensions or more; got {shape(tensor)}"
             )
-    if key.shape[:-3] != query.shape[:-3] or value.shape[:-3] != query.shape[:-3]:
-        raise ValueError(
-            f"{name}: key and value must have the leading dimensions of query, {shape(query)}; "
-            f"got {shape(key)} and {shape(value)}"
-        )
-    if query.dim() > 2 and key.shape[-3] != query.shape[-3] and not enable_gqa:
-        raise ValueError(
-            f"{name}: key must have the {query.shape[-3]} heads of query unless enable_gqa is set; "
-            f"got {key.shape[-3]}"
-        )
+    if not query.shape[:-own] == key.shape[:-own] == value.shape[:-own]:
+        query, key, value = _broadcast(name, own, query, key, value)
     lead = query.shape[:-2]
     dim, value_dim = query.shape[-1], value.shape[-1]
     scale = dim**-0.5 if scale is None else scale
@@ -76,6 +69,19 @@ def scaled_dot_product_attention(
     if len(lead) == 2 and value_dim == dim:
         return out
     return out[..., :value_dim].reshape(*lead, *out.shape[-2:-1], value_dim)
+
+
+def _broadcast(name: str, own: int, *tensors: Tensor) -> "list[Tensor]":
+    """The tensors with their leading dimensions, all but the last ``own``, broadcast: views."""
+    try:
+        lead = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in tensors))
+    except RuntimeError:
+        heads = ", heads only with enable_gqa" if own == 2 else ""
+        raise ValueError(
+            f"{name}: the leading dimensions of query, key and value must be the same or 1{heads}; "
+            f"got {', '.join(map(shape, tensors))}"
+        ) from None
+    return [tensor.expand(*lead, *tensor.shape[-own:]) for tensor in tensors]
 
 
 def _as_4d(tensor: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ def test_bad_input(change, error, message):
     ("change", "message"),
     [
         ({"attn_mask": torch.ones(6, 5), "is_causal": True}, "attn_mask must be None"),
-        ({"key": KV}, "key must have the 4 heads of query unless enable_gqa"),
-        ({"key": Q[0]}, "same number of dimensions"),
-        ({"query": Q[None], "key": Q[:, None], "value": Q[:, None]}, "leading dimensions of query"),
+        ({"key": KV}, r"must be the same or 1, heads only with enable_gqa; got \(2, 4, 6, 8"),
+        ({"key": Q[0, 0, 0]}, r"key must have 2 dimensions or more; got \(8,\)"),
+        ({"key": Q[0, 0], "enable_gqa": True}, r"key must have 3 dimensions or more; got \(6, 8\)"),
         (
             {"attn_mask": torch.ones(6, 5)},
             r"attn_mask must broadcast to \(2, 4, 6, 6\); got \(6, 5\)",

@@ -147,8 +147,9 @@ class TransformerEncoderLayer(_Layer):
         if self.norm_first:
             x, residual = self.norm2(attend(self.norm1(src)), src)
             return residual + self.dropout2(self._feed_forward(x))
-        x = self.norm1(attend(src), src)
-        return self.norm2(self._feed_forward(x), x)
+        # Under autocast sublayers give 16 bits. The sums have the dtype of src, as pre-norm's.
+        x = self.norm1(attend(src).to(src.dtype), src)
+        return self.norm2(self._feed_forward(x).to(src.dtype), x)
 
 
 class TransformerDecoderLayer(_Layer):
@@ -230,9 +231,10 @@ class TransformerDecoderLayer(_Layer):
             x, residual = self.norm2(attend(self.norm1(tgt)), tgt)
             x, residual = self.norm3(attend_to_memory(x), residual)
             return residual + self.dropout3(self._feed_forward(x))
-        x = self.norm1(attend(tgt), tgt)
-        x = self.norm2(attend_to_memory(x), x)
-        return self.norm3(self._feed_forward(x), x)
+        # Under autocast sublayers give 16 bits. The sums have the dtype of tgt, as pre-norm's.
+        x = self.norm1(attend(tgt).to(tgt.dtype), tgt)
+        x = self.norm2(attend_to_memory(x).to(tgt.dtype), x)
+        return self.norm3(self._feed_forward(x).to(tgt.dtype), x)
 
 
 # --- Stacks ---------------------------------------------------------------------------------------
