@@ -93,6 +93,7 @@ class TorchSeq2Seq(nn.Module):
         return nn.functional.linear(x, self.embedding.weight)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prenorm", "activation"), [(False, "relu"), (True, "gelu")])
 def test_torch_transformer(prenorm, activation, dtype):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fusedformer.kernels.activation import bias_activation
+from fusedformer.kernels.checks import shape
 from fusedformer.kernels.dropout import dropout
 from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
 from fusedformer.nn import LayerNorm
@@ -97,6 +98,10 @@ class BERT(nn.Module):
             segments = torch.zeros_like(tokens[:1])  # (1, N)
         else:
             check_tokens("BERT: segments", segments, config.segments, config.max_length)
+            if segments.shape != tokens.shape:
+                raise ValueError(
+                    f"BERT: segments must be {shape(tokens)}, as tokens; got {shape(segments)}"
+                )
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens)  # (B, N, d_model)
         x = x + self.position_embedding(positions) + self.segment_embedding(segments)

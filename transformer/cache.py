@@ -7,6 +7,8 @@ says how many; where they do not, lengths does, a tensor.
 import torch
 from torch import Tensor
 
+from fusedformer.kernels.checks import shape
+
 
 class KVCache:
     """What the layers of a model remember of the tokens that they have seen.
@@ -89,9 +91,14 @@ class LayerCache:
             causal: whether the last N of them are to be masked causally.
 
         Raises:
-            ValueError: they do not fit; or N > 1 where rows are unequal.
+            ValueError: they do not fit, are of another batch, or N > 1 where rows are unequal.
         """
         batch, heads, count, dim = key.shape
+        if batch != self.whole.lengths.shape[0]:
+            raise ValueError(
+                f"KVCache: key must have the batch size {self.whole.lengths.shape[0]} of the "
+                f"cache; got {shape(key)}"
+            )
         start, end = self.whole.longest, self.whole.longest + count
         if end > self.whole.capacity:
             raise ValueError(
