@@ -129,18 +129,20 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:  # fmt: skip
     """With M as in _attention_kept, so that O = (P o M) V:
 
-    dV = (P o M)^T dO; dP = M o (dO V^T); dS = P o (dP - rowsum(P o dP) + dLSE);
+    dV = (P o M)^T dO; dP = M o (dO V^T); dS = P o (dP - rowsum(dO o O) + dLSE);
     dQ = scale dS K; dK = scale dS^T Q; dmask = dS, summed over the dimensions it broadcasts.
+
+    P = exp(S - LSE), so that O and LSE may be of rows that have more keys than are given here.
     """
     q, k, v = _attention_operands(query, key, value, key_lengths)
     hidden = attention_hidden(query, key, mask, key_lengths, diagonal)
     scores = _attention_scores(q, k, mask, hidden, scale)
-    weights = scores.softmax(-1).masked_fill(hidden, 0)
+    weights = (scores - lse[..., None]).exp().masked_fill(hidden, 0)
     grad_out = grad_out.to(q.dtype)
     kept = _attention_kept(scores, seed, dropout_p, offsets)
     grad_v = (weights * kept).mT @ grad_out
     grad_weights = kept * (grad_out @ v.mT)
-    shift = (weights * grad_weights).sum(-1)  # which the other backends get as rowsum(dO o O)
+    shift = (grad_out * out).sum(-1)  # = rowsum(P o dP)
     if grad_lse is not None:
         shift = shift - grad_lse
     grad_scores = weights * (grad_weights - shift[..., None])

@@ -1,0 +1,223 @@
+"""Attention over a sharded sequence in a ring (Liu et al., "Ring Attention with Blockwise
+Transformers for Near-Infinite Context", 2023).
+
+Keys and values go round the processes, each of which attends from its queries to those that it has
+at the time, while the next ones arrive. Attention to some of the keys gives O and LSE, and two of
+these are merged into those of all their keys:
+
+    LSE = log(exp(LSE1) + exp(LSE2));  O = exp(LSE1 - LSE) O1 + exp(LSE2 - LSE) O2
+
+The backward needs O and LSE of whole rows only (FlashAttention-2), so that it goes round once more,
+the gradients of keys and values with them. Zigzag: Zhu, "ring-flash-attention" (2024).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from fusedformer.integrations.sequence import common_seed, parts
+from fusedformer.kernels import dispatch
+from fusedformer.kernels.attention import _check_attention, _check_lengths, _checked_lengths
+from fusedformer.kernels.checks import autocast, check_dropout_p, checked_scale
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """The processes, and what does not change from block to block."""
+
+    group: "ProcessGroup | None"
+    rank: int
+    size: int
+    causal: bool
+    zigzag: bool
+    scale: float
+    dropout_p: float
+    backend: str
+
+    def pass_on(self, tensor: Tensor) -> "tuple[Tensor, list[Any]]":
+        """Sends it to the next process; (what the previous one sends, what to wait for)."""
+        if self.size == 1:
+            return tensor, []
+        received = torch.empty_like(tensor)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(
+                    dist.isend, tensor, group=self.group, group_peer=(self.rank + 1) % self.size
+                ),
+                dist.P2POp(
+                    dist.irecv, received, group=self.group, group_peer=(self.rank - 1) % self.size
+                ),
+            ]
+        )
+        return received, works
+
+    def round(self, pair: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(owner, its keys and values), starting with our own; the next arrive meanwhile."""
+        for step in range(self.size):
+            last = step == self.size - 1
+            following, works = (pair, []) if last else self.pass_on(pair)
+            yield (self.rank - step) % self.size, pair
+            _wait(works)
+            pair = following
+
+    def blocks(
+        self, queries: int, keys: int, owner: int
+    ) -> "Iterator[tuple[slice, slice, int | None, list[int]]]":
+        """What our queries see of an owner's keys, in blocks: queries, keys, diagonal, offsets."""
+        for query in parts(queries, self.rank, self.size, self.zigzag):
+            for key in parts(keys, owner, self.size, self.zigzag):
+                diagonal = query.start - key.start if self.causal else None
+                if diagonal is not None and diagonal <= -query.length:
+                    continue  # every key comes after all queries
+                if diagonal is not None and diagonal >= key.length - 1:
+                    diagonal = None  # none does
+                yield query.here, key.here, diagonal, [0, 0, query.start, key.start]
+
+    def arguments(
+        self, query: Tensor, pair: Tensor, lengths: "Tensor | None", seed: "Tensor | None",
+        diagonal: "int | None", offsets: list[int],
+    ) -> tuple:  # fmt: skip
+        """Those of the op, of a block."""
+        key, value = pair
+        if lengths is not None:
+            lengths = (lengths - offsets[3]).clamp(0, key.shape[2])
+        return (
+            query, key, value, None, lengths, seed, diagonal, self.scale, self.dropout_p, offsets
+        )  # fmt: skip
+
+
+def _wait(works: "list[Any]") -> None:
+    for work in works:
+        work.wait()
+
+
+def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merges a block into out and lse, in place."""
+    total = torch.logaddexp(lse, block_lse)
+    finite = total.masked_fill(total == -torch.inf, 0)  # rows that have seen nothing yet
+    out *= (lse - finite).exp()[..., None]
+    out += block_out * (block_lse - finite).exp()[..., None]
+    lse.copy_(total)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: "Tensor | None",
+        seed: "Tensor | None", ring: _Ring,
+    ) -> Tensor:  # fmt: skip
+        pair = torch.stack((key, value))  # (2, B, Hkv, Nk, D), which travels as one
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        # In (B, Nq, H, D) memory order, as attention()'s.
+        out = torch.zeros_like(query.transpose(1, 2), dtype=dtype).transpose(1, 2)
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+        for owner, there in ring.round(pair):
+            for q, k, *place in ring.blocks(query.shape[2], key.shape[2], owner):
+                args = ring.arguments(query[:, :, q], there[:, :, :, k], lengths, seed, *place)
+                block = torch.ops.fusedformer.attention_fwd.default(*args, ring.backend)
+                _merge(out[:, :, q], lse[:, :, q], *block)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, pair, lengths, seed, out, lse)
+        ctx.ring = ring
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        query, pair, lengths, seed, out, lse = ctx.saved_tensors
+        ring = ctx.ring
+        grad_query = torch.zeros_like(query, dtype=lse.dtype)
+        grad_pair, works = torch.zeros_like(pair, dtype=lse.dtype), []
+        for owner, there in ring.round(pair):
+            own = torch.zeros_like(grad_pair)
+            for q, k, *place in ring.blocks(query.shape[2], pair.shape[3], owner):
+                args = ring.arguments(query[:, :, q], there[:, :, :, k], lengths, seed, *place)
+                block_query, *block_pair, _ = torch.ops.fusedformer.attention_bwd.default(
+                    grad_out[:, :, q], None, out[:, :, q], lse[:, :, q], *args, False, ring.backend
+                )
+                grad_query[:, :, q] += block_query
+                for whole, block in zip(own, block_pair, strict=True):
+                    whole[:, :, k] += block
+            # The sum so far of what the others found for this owner arrives; it is passed on.
+            _wait(works)
+            own += grad_pair
+            grad_pair, works = ring.pass_on(own)
+        _wait(works)  # our own, back again
+        return (
+            grad_query.to(query.dtype), *grad_pair.to(pair.dtype), None, None, None
+        )  # fmt: skip
+
+
+@torch.compiler.disable
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_lengths: "Tensor | None" = None,
+    causal: bool = False,
+    zigzag: bool = False,
+    scale: "float | None" = None,
+    dropout_p: float = 0.0,
+    seed: "int | Tensor | None" = None,
+    group: "ProcessGroup | None" = None,
+    backend: "str | None" = None,
+) -> Tensor:
+    """attention() over a sequence of which each process has one part, keys and values in a ring.
+
+    The results and gradients are those of attention() on the whole sequence, the very same
+    probabilities dropped; blocks are merged in float32. Nothing grows with the length of the whole.
+    Every process of the group has to call it, with tensors of one shape. Under torch.compile it
+    runs uncompiled.
+
+    Args:
+        query, key, value: this process's part, (B, H, N / size, D) and (B, Hkv, N / size, D), as
+            shard_sequence() gives it; H a multiple of Hkv. Query may have another length than key.
+            With dropout, the length of a part is a multiple of 16 (of 32 with zigzag).
+        key_lengths: (B,), counted in the whole sequence, the same in all processes.
+        causal: query i of the whole sequence sees its keys j <= i; as many keys as queries.
+        zigzag: each process has two parts of the sequence, one from its beginning and one from its
+            end, so that causal attention is as much work for all. Else the last has the most.
+        seed: the same in all processes; where it is None, the group's first process draws it.
+        group: the processes that share the sequence, in order; all by default.
+        scale, dropout_p, backend: as attention()'s.
+
+    Returns:
+        This process's part of the output, (B, H, N / size, D).
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+        RuntimeError: the backend named cannot run this call; the message says why.
+    """
+    name = "ring_attention"
+    query, key, value = autocast(name, query, key, value)
+    _check_attention(name, query, key, value)
+    check_dropout_p(name, dropout_p)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if causal and query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{name}: causal needs as many keys as queries; got {key.shape[2]} and {query.shape[2]}"
+        )
+    multiple = (16 if dropout_p > 0 else 1) * (1 + zigzag)
+    for label, tensor in (("query", query), ("key and value", key)):
+        if tensor.shape[2] % multiple:
+            why = " and ".join(["dropout"] * (dropout_p > 0) + ["zigzag"] * zigzag)
+            raise ValueError(
+                f"{name}: with {why}, the length of {label} in each process must be a multiple of "
+                f"{multiple}; got {tensor.shape[2]}"
+            )
+    if key_lengths is not None:
+        key_lengths = _checked_lengths(name, key_lengths, query, size * key.shape[2])
+        _check_lengths(key_lengths, size * key.shape[2])
+    scale = query.shape[3] ** -0.5 if scale is None else checked_scale(name, scale)
+    seed = common_seed(name, seed, query.device, group) if dropout_p > 0 else None
+    ring = _Ring(
+        group, rank, size, causal, zigzag, scale, float(dropout_p), dispatch.checked(name, backend)
+    )
+    return _RingAttention.apply(query, key, value, key_lengths, seed, ring)
