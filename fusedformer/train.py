@@ -8,6 +8,7 @@ import argparse
 
 from fusedformer.transformer import presets
 from fusedformer.transformer.train import train
+from fusedformer.transformer.train_parallel import World
 
 _ABOUT = {
     "seq2seq": "an encoder-decoder Transformer on pairs of sentences: translation",
@@ -72,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
         parallel=args.parallel,
         **presets.parse(args.task, args.set),
     )
-    for name, value in found.items():
-        print(f"{name:40}{value:8.3f}")
+    if World().rank == 0:
+        for name, value in found.items():
+            print(f"{name:40}{value:8.3f}")
     return 0
 
 

@@ -59,8 +59,10 @@ class World:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         if self.many:
+            if kind is None:
+                self.wait()  # so that none leaves while another still reads what it sent
             dist.destroy_process_group()
 
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
