@@ -51,7 +51,7 @@ def _copy(device: str, clock: timing.Clock) -> float:
 def _product(device: str, dtype: str, clock: timing.Clock) -> "float | None":
     side = _SIDE[device]
     if device == "cpu" and dtype == "fp16":
-        side //= 2  # without hardware for it, torch takes long
+        side //= 4  # without hardware for it, torch takes long
     try:
         a, b = (torch.randn(side, side, device=device).to(common.DTYPES[dtype]) for _ in range(2))
         return 2 * side**3 / _best(lambda: a @ b, clock) / 1e9

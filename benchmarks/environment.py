@@ -29,7 +29,7 @@ def describe(device: str) -> dict:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
-        "compute_capability": list(torch.cuda.get_device_capability()) if gpu else None,
+        **(_gpu() if gpu else {}),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -38,6 +38,17 @@ def describe(device: str) -> dict:
         "rng_version": rng.RNG_VERSION,
         "commit": commit,
         "uncommitted_changes": bool(_git("status", "--porcelain", "-uno")) if commit else None,
+    }
+
+
+def _gpu() -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "compute_capability": list(torch.cuda.get_device_capability()),
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
     }
 
 
@@ -65,10 +76,13 @@ def _git(*args: str) -> "str | None":
     root = Path(__file__).resolve().parent.parent
     if not (root / "setup.py").is_file() and not (root / ".git").exists():
         return None
+    return _output("git", "-C", str(root), *args)
+
+
+def _output(*command: str) -> "str | None":
+    """What a command prints, or None where it fails or is missing."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -19,6 +19,7 @@ COMMANDS = {
     "build": ("fusedformer.build", "compile the C++ kernels ahead of their first use"),
     "data": ("fusedformer.data", "list and fetch the data sets that training knows"),
     "doctor": ("fusedformer.doctor", "say what each op runs on here, and why not on the rest"),
+    "gpu": ("fusedformer.benchmarks.gpu", "collect what only a GPU can show, in one file"),
     "profile": ("fusedformer.benchmarks.profile", "measure how an op's cost grows with its sizes"),
     "train": ("fusedformer.train", "train a model: translation, text, masked words, images"),
 }

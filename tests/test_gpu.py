@@ -1,0 +1,214 @@
+"""fusedformer gpu: the order of its steps, what it records, what a cut leaves; run on the CPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusedformer import cli
+from fusedformer.benchmarks import (
+    ceilings,
+    document,
+    gpu,
+    gpu_checks,
+    gpu_state,
+    gpu_tests,
+    runner,
+    workers,
+)
+
+
+class Scripted:
+    """Worker processes that answer from a script, by the function's name."""
+
+    def __init__(self, *answers):
+        self.answers = dict(answers)
+
+    def __call__(self, fresh, env):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def run(self, function, *args, timeout=None):
+        answer = self.answers.get(function.__name__, {})
+        return answer if isinstance(answer, workers.Outcome) else workers.Outcome("ok", answer)
+
+
+MASK = {"op": "dropout", "p": 0.1, "elements": 9, "dropped": 0.1, "deviation": 0.0, "differing": 0}
+
+
+@pytest.fixture
+def evidence(tmp_path, monkeypatch):
+    """Makes a run whose steps cost nothing; its benchmarks and tests are left out."""
+
+    def make(*answers, budget=100.0, **steps):
+        monkeypatch.setattr(runner, "Workers", Scripted(("dropout", [MASK]), *answers))
+        for name in ("tests", "benchmarks", "sanitizer"):
+            step = steps.get(name, lambda self, runner, part: "")
+            monkeypatch.setattr(gpu.Evidence, f"_{name}", step)
+        held = gpu.Evidence("cpu", True, budget, tmp_path)
+        held.collect()
+        held.document.finish(document.COMPLETE)
+        return document.read(tmp_path / "gpu.json", "gpu")
+
+    return make
+
+
+def statuses(data):
+    return {step["name"]: step["status"] for step in data["steps"]}
+
+
+def test_steps_in_order(evidence):
+    data = evidence(("describe", {"device_name": "x"}), ("measure", {"copy_gbps": 1.0}))
+    assert list(statuses(data)) == [
+        "environment", "ceilings", "dropout", "tests", "benchmarks", "sanitizer",
+    ]  # fmt: skip
+    assert set(statuses(data).values()) == {"ok"}
+    assert data["environment"] == {"device_name": "x"}
+    assert data["ceilings"] == {"copy_gbps": 1.0}
+
+
+def test_a_step_that_fails_stops_no_other(evidence):
+    def fails(self, runner, part):
+        raise RuntimeError("no such thing")
+
+    died = workers.Outcome(workers.FAILED, reason="the process ended with exit code -11")
+    data = evidence(("measure", died), tests=fails)
+    assert statuses(data) == {
+        "environment": "ok", "ceilings": "failed", "dropout": "ok", "tests": "failed",
+        "benchmarks": "ok", "sanitizer": "ok",
+    }  # fmt: skip
+    reasons = [step["reason"] for step in data["steps"] if step["reason"]]
+    assert "exit code -11" in reasons[0]
+    assert reasons[1] == "RuntimeError: no such thing"
+
+
+@pytest.mark.parametrize("change", [{"differing": 1}, {"deviation": -5.1}])
+def test_a_wrong_mask_fails_the_step(change, evidence):
+    data = evidence(("dropout", [MASK | change]))
+    assert statuses(data)["dropout"] == "failed"
+    assert statuses(data)["tests"] == "ok"
+
+
+def test_the_budget_stops_cleanly(evidence):
+    data = evidence(budget=1.0)
+    assert set(statuses(data).values()) == {"stopped"}
+    assert data["state"] == "complete"
+
+
+def test_exit_code_and_files(tmp_path, monkeypatch, capsys):
+    def collect(self):
+        self._data["steps"] = [{"name": "tests", "status": "failed", "reason": "a", "seconds": 1}]
+
+    monkeypatch.setattr(gpu.Evidence, "collect", collect)
+    assert cli.main(["gpu", "--device=cpu", f"--out={tmp_path}"]) == 1
+    assert "gpu.json" in capsys.readouterr().out
+
+    def cut(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.Evidence, "collect", cut)
+    assert cli.main(["gpu", "--device=cpu", f"--out={tmp_path}"]) == gpu.INTERRUPTED
+    assert document.read(tmp_path / "gpu.json")["state"] == document.CUT
+
+
+def test_parts_leave_time_for_the_benchmarks():
+    assert sum(gpu._PARTS.values()) < 1
+    assert max(gpu.BUDGET, gpu.QUICK_BUDGET) < 9 * 60
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+def test_dropout_masks_are_the_contracts():
+    found = gpu_checks.dropout("cpu")
+    assert len(found) == 2 * len(gpu_checks.PROBABILITIES)
+    assert all(row["differing"] == 0 for row in found)
+    assert all(abs(row["deviation"]) < 5 for row in found)
+
+
+def test_a_mask_that_is_not_the_contracts_is_seen(monkeypatch):
+    real = gpu_checks.fusedformer.dropout
+    monkeypatch.setattr(
+        gpu_checks.fusedformer, "dropout", lambda x, p, seed: real(x, p, seed=seed + 1)
+    )
+    found = [row for row in gpu_checks.dropout("cpu") if row["op"] == "dropout"]
+    assert all(row["differing"] for row in found)
+
+
+def test_odd_shapes_run():
+    assert gpu_checks.odd_shapes("cpu") >= 20
+
+
+def test_ceilings(monkeypatch):
+    monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(ceilings._SIDE, "cpu", 64)
+    monkeypatch.setattr(ceilings, "_SECONDS", 0.01)
+    found = ceilings.measure("cpu")
+    assert found["copy_gbps"] > 0
+    assert found["call_us"] > 0
+    assert set(found["matmul_tflops"]) == {"fp32", "fp16", "bf16"}
+
+
+def test_gpu_state():
+    text = "1980, 2619, 412.3, 51\n1755, 2619, 690.0, 60\n[N/A], 2619, 500, 55\ncut o"
+    found = gpu_state.summary(text)
+    assert found["sm_mhz"] == {"low": 1755, "median": 1867.5, "high": 1980}
+    assert found["watts"]["high"] == 690
+    assert gpu_state.summary("") == {}
+    with gpu_state.watched("cpu") as held:
+        pass
+    assert held == {}
+
+
+# --- The tests' own log ---------------------------------------------------------------------------
+
+
+def test_log_of_tests(tmp_path):
+    """Passed, failed, skipped; of a line that was cut off, nothing."""
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'sums'\n"
+        "@pytest.mark.skip(reason='no such chip')\n"
+        "def test_absent(): pass\n"
+    )
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "fusedformer.benchmarks.gpu_tests"]
+    command += [f"--results={log}", "-p", "no:cacheprovider", str(tmp_path / "test_some.py")]
+    subprocess.run(command, cwd=gpu_tests.ROOT, capture_output=True)
+    with log.open("a") as file:
+        file.write('{"test": "cut o')
+    found = gpu_tests.read(log)
+    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert found["problems"][0]["test"].endswith("test_some.py::test_bad")
+    assert "sums" in found["problems"][0]["reason"]
+    assert [reason.partition(": ")[2] for reason in found["skipped"]] == ["no such chip"]
+
+
+def test_files_for_a_gpu():
+    names = gpu_tests.files()
+    assert names[:2] == ["test_attention.py", "test_cross_entropy.py"]
+    assert "test_timing.py" in names
+    assert "test_cli.py" not in names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_whole_run_on_a_cpu(tmp_path):
+    argv = ["gpu", "--quick", "--device=cpu", "--budget=90", f"--out={tmp_path}"]
+    assert cli.main(argv) == 0
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert data["state"] == "complete"
+    found = statuses(data)
+    assert found.pop("sanitizer") == "not available"
+    assert set(found.values()) == {"ok"}
+    assert data["tests"]["counts"]["passed"] > 20
+    assert {row["op"] for row in data["rows"]} >= {"attention", "cross_entropy"}
+    assert all(row["status"] == "ok" for row in data["rows"])
