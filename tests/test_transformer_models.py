@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from model_cases import IMAGES, MODELS, TOKENS, randomize
+from model_cases import IMAGES, MODELS, TOKENS, randomize, seq2seq
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedformer import (
@@ -90,6 +90,27 @@ def test_unknown_preset():
     with pytest.raises(ValueError, match="preset must be one of base, big; got 'huge'"):
         TransformerConfig.preset("huge")
     assert TransformerConfig.preset("big", dropout=0.1).dropout == 0.1
+
+
+def test_initial_sizes():
+    """GPT-2's rule: N(0, 0.02), less by sqrt(2 layers) for what adds to the residual stream."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=500, max_length=64, d_model=128, layers=8, heads=4, d_ff=512))
+    layer = model.stack.layers[3]
+    for weight, std in (
+        (model.token_embedding.weight, 0.02),
+        (layer.self_attention.in_proj_weight, 0.02),
+        (layer.feed_forward.linear1.weight, 0.02),
+        (layer.self_attention.out_proj.weight, 0.005),
+        (layer.feed_forward.linear2.weight, 0.005),
+    ):
+        # Five standard errors of a standard deviation.
+        assert abs(weight.std() / std - 1) < 5 / (2 * weight.numel()) ** 0.5
+    assert not layer.self_attention.in_proj_bias.any()
+    assert torch.equal(layer.norm1.weight, torch.ones(128))
+    # Embeddings of the encoder-decoder: of variance 1 once they are scaled by sqrt(d_model).
+    embedding = seq2seq(vocab_size=500, d_model=128).target_embedding.weight
+    assert abs(embedding.std() * 128**0.5 - 1) < 5 / (2 * embedding.numel()) ** 0.5
 
 
 # --- Options --------------------------------------------------------------------------------------
