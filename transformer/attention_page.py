@@ -37,11 +37,11 @@ button[aria-pressed=true] { border-color: var(--heat); box-shadow: 0 0 0 1px var
 .words { display: flex; flex-wrap: wrap; gap: .25rem; margin: .3rem 0 .8rem; }
 .words > * { padding: .1rem .4rem; border-radius: .35rem; min-height: 1.8rem; }
 .words .key { border: 1px solid transparent; text-align: center; }
-.words .key small { display: block; color: var(--soft); font-size: .7rem; line-height: 1;
+.words .key small { display: block; opacity: .8; font-size: .7rem; line-height: 1;
   font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 svg { display: block; max-width: none; }
-svg text { fill: var(--ink); font-size: 12px; }
+svg text { fill: var(--ink); font-size: var(--size, 12px); }
 svg .soft { fill: var(--soft); }
 svg image { image-rendering: pixelated; }
 #map rect.pick { fill: none; stroke: var(--ink); stroke-width: 1.5; }
@@ -89,13 +89,13 @@ function unpack(held) {
 }
 for (const map of [...look.attentions, look.positions]) map.values = unpack(map.values);
 
-// Paints rows x columns values, one pixel each; values from 0 to 1, or -1 to 1 in two colours.
+// Paints rows x columns values, one pixel each; from 0 to 1, or from -1 to 1 in two colours.
 function paint(canvas, values, rows, columns) {
   canvas.width = columns; canvas.height = rows;
   const [paper, heat, cold] = ["--paper", "--heat", "--cold"].map(name => rgb(colour(name)));
   const pixels = new ImageData(columns, rows);
   for (let i = 0; i < rows * columns; i++) {
-    const share = Math.abs(values[i]), end = values[i] < 0 ? cold : heat;
+    const share = Math.abs(values[i]) ** 0.6, end = values[i] < 0 ? cold : heat;
     for (let c = 0; c < 3; c++)
       pixels.data[4 * i + c] = paper[c] + (end[c] - paper[c]) * share;
     pixels.data[4 * i + 3] = 255;
@@ -109,7 +109,8 @@ function image(values, rows, columns) {
   return canvas.toDataURL();
 }
 
-const state = {map: 0, layer: 0, head: 0, query: 0};
+// The last word first: in a causal model the first one has no choice.
+const state = {map: 0, layer: 0, head: 0, query: look.attentions[0].queries.length - 1};
 const map = () => look.attentions[state.map];
 function weights(layer, head) {
   const {values, heads, queries, keys} = map(), size = queries.length * keys.length;
@@ -122,7 +123,11 @@ function choices() {
   if (look.attentions.length < 2) return;
   look.attentions.forEach((one, i) => {
     const button = make("button", {"aria-pressed": i === state.map}, find("maps"), one.title);
-    button.onclick = () => { Object.assign(state, {map: i, query: 0}); choices(); heads(); };
+    button.onclick = () => {
+      Object.assign(state, {map: i, query: one.queries.length - 1});
+      choices();
+      heads();
+    };
   });
 }
 
@@ -172,7 +177,7 @@ function sentence() {
   keys.forEach((word, i) => {
     const share = values[state.query * keys.length + i];
     const key = make("span", {class: "key"}, answer, word);
-    key.style.background = `color-mix(in srgb, var(--heat) ${70 * share}%, transparent)`;
+    key.style.background = `color-mix(in srgb, var(--heat) ${70 * share ** 0.6}%, transparent)`;
     make("small", {}, key, share < 0.0005 ? "\\u00b7" : percent(share));
   });
   const row = find("map").querySelector(".pick");
@@ -180,19 +185,20 @@ function sentence() {
 }
 
 function heatmap(place, values, queries, keys) {
-  const cell = Math.max(10, Math.min(28, 420 / Math.max(queries.length, keys.length)));
   const widest = words => Math.min(9, Math.max(...words.map(word => word.length)));
   const cut = word => word.length > 9 ? word.slice(0, 8) + "\\u2026" : word;
   const left = 12 + 7.6 * widest(queries), top = 12 + 7.6 * widest(keys);
+  const room = Math.min(560, place.clientWidth - 4) - left;
+  const cell = Math.max(9, Math.min(28, room / keys.length));
   const width = keys.length * cell, height = queries.length * cell;
   const svg = make("svg", {width: left + width + 2, height: top + height + 2, role: "img",
-    "aria-label": "each row: what one word looks at"});
+    "aria-label": "each row: what one word looks at", style: `--size: ${Math.min(12, cell)}px`});
   make("image", {href: image(values, queries.length, keys.length), x: left, y: top, width, height,
     preserveAspectRatio: "none"}, svg);
-  queries.forEach((word, i) => make("text", {x: left - 6, y: top + cell * (i + .5) + 4,
-    "text-anchor": "end"}, svg, cut(word)));
-  keys.forEach((word, i) => make("text", {
-    transform: `translate(${left + cell * (i + .5) + 4} ${top - 6}) rotate(-90)`}, svg, cut(word)));
+  queries.forEach((word, i) => make("text", {x: left - 6, y: top + cell * (i + .5),
+    "text-anchor": "end", "dominant-baseline": "central"}, svg, cut(word)));
+  keys.forEach((word, i) => make("text", {"dominant-baseline": "central",
+    transform: `translate(${left + cell * (i + .5)} ${top - 6}) rotate(-90)`}, svg, cut(word)));
   const row = make("rect", {class: "pick", x: left, width, height: cell}, svg);
   Object.assign(row.dataset, {top, cell});
   const point = event => {

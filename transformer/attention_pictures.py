@@ -107,7 +107,7 @@ def _positions(positions: Tensor, about: str) -> Figure:
 
 def _predictions(predictions: list[Prediction]) -> Figure:
     """For each step the target beside the likeliest words, untrained and trained."""
-    figure = Figure(figsize=(9, 1.05 * len(predictions) + 0.7), layout="constrained")
+    figure = Figure(figsize=(9, 1.25 * len(predictions) + 0.4), layout="constrained")
     panels = figure.subplots(len(predictions), 2, squeeze=False, sharex=True)
     for one, (left, right) in zip(predictions, panels, strict=True):
         for axes, likeliest in ((left, one.before), (right, one.after)):
@@ -120,13 +120,10 @@ def _predictions(predictions: list[Prediction]) -> Figure:
             axes.tick_params(length=0, labelsize=7)
             for side in ("top", "right", "bottom"):
                 axes.spines[side].set_visible(False)
-        left.set_ylabel(
-            f"{_cut(one.read)}\n→ {_cut(one.target)}", rotation=0, ha="right", va="center",
-            labelpad=48,
-        )  # fmt: skip
+        for axes, title in ((left, "untrained"), (right, "trained")):
+            axes.set_title(f"{_cut(one.read)} → {_cut(one.target)}", fontsize=9, loc="left")
+            axes.set_title(title, fontsize=8, loc="right", color="#8a8f98")
         for axes, prob in ((left, one.target_before), (right, one.target_after)):
             axes.text(0.99, 0.5, f"target: {prob:.1%}", ha="right", va="center", fontsize=8,
                       color="#b54a00", transform=axes.transAxes)  # fmt: skip
-    panels[0][0].set_title("untrained", fontsize=10)
-    panels[0][1].set_title("trained", fontsize=10)
     return figure
