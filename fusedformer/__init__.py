@@ -4,6 +4,7 @@ What ``__all__`` names is public, and is deprecated for one release before it go
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py").is_file():
@@ -12,7 +13,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "dispatch.py
     __path__.append(str(_here.parent))
 
 from fusedformer import nn
-from fusedformer.integrations.sdpa import sdpa
+from fusedformer.integrations.fuse import fuse, unfuse
 from fusedformer.kernels import flops as _flops
 from fusedformer.kernels.activation import bias_activation
 from fusedformer.kernels.attention import attention
@@ -27,7 +28,20 @@ from fusedformer.transformer.gpt import GPT, GPTConfig
 from fusedformer.transformer.seq2seq import Transformer, TransformerConfig
 from fusedformer.transformer.vit import ViT, ViTConfig
 
+if _TYPE_CHECKING:
+    from fusedformer.integrations.sdpa import sdpa
+
 _flops.register()
+
+
+def __getattr__(name: str) -> object:
+    if name == "sdpa":  # which brings torch's compiler, a second of import
+        from fusedformer.integrations.sdpa import sdpa
+
+        globals()["sdpa"] = sdpa
+        return sdpa
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -47,11 +61,13 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "dropout_add_layer_norm",
+    "fuse",
     "layer_norm",
     "linear_cross_entropy",
     "nn",
     "rms_norm",
     "scaled_dot_product_attention",
     "sdpa",
+    "unfuse",
     "use_backend",
 ]

@@ -6,7 +6,17 @@ import pytest
 import torch
 from backends import ROW_BACKENDS
 from bounds import assert_within_bound
-from third_party import BATCH, HF_MODELS, LENGTH, VOCABULARY, gradients, output, padding
+from third_party import (
+    BATCH,
+    HF_MODELS,
+    LENGTH,
+    VOCABULARY,
+    cast,
+    gradients,
+    in_several_draws,
+    output,
+    padding,
+)
 
 from fusedformer import use_backend
 
@@ -24,54 +34,57 @@ def _registered():
     torch.compiler.reset()
 
 
-def cast(inputs, dtype):
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-
-
 def implemented(model, name, dtype=torch.float32):
     model = copy.deepcopy(model).to(dtype)
     model.set_attn_implementation(name)
     return model
 
 
-def compare(model, inputs, dtype, counts=None):
-    """Logits and gradients of ours, eager and the truth; counts: which outputs count."""
-    results = {}
-    for what, name, of in (
-        ("truth", "sdpa", torch.float64), ("eager", "eager", dtype), ("ours", "fusedformer", dtype)
-    ):  # fmt: skip
-        one = implemented(model, name, of)
-        logits = output(one, cast(inputs, of))
-        logits = logits if counts is None else logits[counts]
-        weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(of)
-        results[what] = logits, gradients(one, (logits * weight).sum())
-    for index, label in enumerate(("logits", "gradients")):
-        assert_within_bound(label, *(results[what][index] for what in ("ours", "eager", "truth")))
+def compare(make, dtype=torch.float32):
+    """Logits and gradients of ours, eager and the truth.
+
+    make() gives the model, its inputs, and which of the outputs count, None for all.
+    """
+
+    def run():
+        model, inputs, counts = make()
+        logits, grads = [], []
+        for name, of in (("fusedformer", dtype), ("eager", dtype), ("sdpa", torch.float64)):
+            one = implemented(model, name, of)
+            result = output(one, cast(inputs, of))
+            logits.append(result if counts is None else result[counts])
+            grads.append(gradients(one, logits[-1]))
+        return {"logits": logits, "gradients": grads}
+
+    for label, values in in_several_draws(run).items():
+        assert_within_bound(label, *values)
 
 
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_a_model_is_what_it_was(name):
-    compare(*HF_MODELS[name](), torch.float32)
+    compare(lambda: (*HF_MODELS[name](), None))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_a_model_is_what_it_was_in_bfloat16(name):
-    compare(*HF_MODELS[name](), torch.bfloat16)
+    compare(lambda: (*HF_MODELS[name](), None), torch.bfloat16)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", WITH_TOKENS)
 def test_padding(name, side):
-    model, inputs = HF_MODELS[name]()
-    mask = padding(left=side == "left")
-    inputs["attention_mask"] = mask
-    if "decoder_input_ids" in inputs:
-        length = inputs["decoder_input_ids"].shape[1]
-        mask = inputs["decoder_attention_mask"] = (
-            mask[:, -length:] if side == "left" else mask[:, :length]
-        )
-    compare(model, inputs, torch.float32, mask.bool())
+    def make():
+        model, inputs = HF_MODELS[name]()
+        mask = padding(left=side == "left")
+        inputs["attention_mask"] = mask
+        if "decoder_input_ids" in inputs:
+            length = inputs["decoder_input_ids"].shape[1]
+            mask = mask[:, -length:] if side == "left" else mask[:, :length]
+            inputs["decoder_attention_mask"] = mask
+        return model, inputs, mask.bool()
+
+    compare(make)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -84,7 +84,6 @@ def test_arguments_by_name_and_by_place():
         ("float64", lambda: (qkv(dtype=torch.float64), {})),
         ("head dimension must be 1 to 256", lambda: (qkv(dim=300), {})),
         ("meta", lambda: (qkv(device="meta"), {})),
-        ("must have the leading dimensions", lambda: ([qkv()[0], *(t[:1] for t in qkv()[1:])], {})),
     ],
 )
 def test_a_call_is_left_to_torch_with_the_reason(reason, make):

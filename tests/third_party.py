@@ -28,7 +28,7 @@ def padding(left: bool = False) -> Tensor:
 def _build(model: "torch.nn.Module") -> "torch.nn.Module":
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
@@ -121,12 +121,78 @@ def whisper(dropout: float = 0.0) -> "tuple[Any, dict[str, Tensor]]":
     return model, {"input_features": torch.randn(BATCH, 8, 2 * LENGTH)}
 
 
-HF_MODELS: "dict[str, Callable[..., tuple[Any, dict[str, Tensor]]]]" = {
+def torch_transformer(dropout: float = 0.0) -> "tuple[Any, dict[str, Tensor]]":
+    """torch.nn.Transformer, padded, its decoder causal."""
+    model = torch.nn.Transformer(32, 4, 2, 2, 48, dropout, batch_first=True, activation="gelu")
+    hidden = padding() == 0
+    return _build(model), {
+        "src": torch.randn(BATCH, LENGTH, 32), "tgt": torch.randn(BATCH, 13, 32),
+        "tgt_mask": torch.ones(13, 13).triu(1).bool(), "tgt_is_causal": True,
+        "src_key_padding_mask": hidden, "memory_key_padding_mask": hidden,
+    }  # fmt: skip
+
+
+def x_transformers(dropout: float = 0.0) -> "tuple[Any, dict[str, Tensor]]":
+    """A decoder that calls torch's attention function."""
+    library = pytest.importorskip("x_transformers")
+    model = library.TransformerWrapper(
+        num_tokens=VOCABULARY, max_seq_len=64, emb_dropout=dropout,
+        attn_layers=library.Decoder(
+            dim=32, depth=2, heads=4, attn_dim_head=8, attn_flash=True, attn_dropout=dropout,
+            ff_dropout=dropout,
+        ),
+    )  # fmt: skip
+    return _build(model), {"x": _tokens()}
+
+
+def _timm(name: str, **options: Any) -> "tuple[Any, dict[str, Tensor]]":
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=5, **options)
+    size = options["img_size"]
+    return _build(model), {"x": torch.randn(BATCH, 3, size, size)}
+
+
+def timm_vit(dropout: float = 0.0) -> "tuple[Any, dict[str, Tensor]]":
+    return _timm(
+        "vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3,
+        proj_drop_rate=dropout, attn_drop_rate=dropout,
+    )  # fmt: skip
+
+
+def timm_deit(dropout: float = 0.0) -> "tuple[Any, dict[str, Tensor]]":
+    return _timm(
+        "deit_tiny_distilled_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3,
+        proj_drop_rate=dropout, attn_drop_rate=dropout,
+    )  # fmt: skip
+
+
+def timm_swin(dropout: float = 0.0) -> "tuple[Any, dict[str, Tensor]]":
+    return _timm(
+        "swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2), embed_dim=24, num_heads=(2, 4),
+        proj_drop_rate=dropout, attn_drop_rate=dropout,
+    )  # fmt: skip
+
+
+Make = Callable[..., "tuple[Any, dict[str, Any]]"]
+HF_MODELS: dict[str, Make] = {
     function.__name__: function for function in (gpt2, bert, vit, llama, mistral, t5, bart, whisper)
 }
+# Whose attention is torch's function, which fusedformer.sdpa() switches.
+SDPA_MODELS: dict[str, Make] = {
+    function.__name__: function for function in (x_transformers, timm_vit, timm_deit, timm_swin)
+}
+MODELS: dict[str, Make] = {**HF_MODELS, "torch_transformer": torch_transformer, **SDPA_MODELS}
 
 
-def output(model: "torch.nn.Module", inputs: "dict[str, Tensor]") -> Tensor:
+def cast(inputs: "dict[str, Any]", dtype: torch.dtype) -> "dict[str, Any]":
+    """The inputs with those of floating point in a dtype."""
+    return {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+
+
+def output(model: "torch.nn.Module", inputs: "dict[str, Any]") -> Tensor:
     """The logits, or what a model without a head gives."""
     result = model(**inputs)
     if isinstance(result, Tensor):
@@ -134,8 +200,27 @@ def output(model: "torch.nn.Module", inputs: "dict[str, Tensor]") -> Tensor:
     return result.logits if "logits" in result else result.last_hidden_state
 
 
-def gradients(model: "torch.nn.Module", loss: Tensor) -> Tensor:
-    """Of all parameters, as one vector."""
+def in_several_draws(run: "Callable[[], dict[str, list[Tensor]]]") -> "dict[str, list[Tensor]]":
+    """What a test compares, of four draws of weights and inputs, end to end.
+
+    A largest error is a matter of luck: of one small model, that of two implementations as good as
+    each other may well differ by more than a factor of two.
+    """
+    found: dict[str, list[list[Tensor]]] = {}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        for label, tensors in run().items():
+            found.setdefault(label, []).append([tensor.detach().flatten() for tensor in tensors])
+    return {
+        label: [torch.cat(draws) for draws in zip(*lists, strict=True)]
+        for label, lists in found.items()
+    }
+
+
+def gradients(model: "torch.nn.Module", logits: Tensor) -> Tensor:
+    """Of all parameters, as one vector: those of a sum of the logits with random weights."""
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    loss = (logits * weight.to(logits.dtype)).sum()
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return torch.cat([g.flatten() for g in found if g is not None])

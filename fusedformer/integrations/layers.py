@@ -1,0 +1,157 @@
+"""What fuse() turns modules of torch.nn into.
+
+Each class is a subclass of the torch class with another forward: a module keeps its parameters,
+buffers, children and whatever else it has, and changes its class alone. Where a call asks for what
+the kernels do not have, torch's forward runs.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import fusedformer.nn
+from fusedformer.kernels.layer_norm import dropout_add_layer_norm, layer_norm
+from fusedformer.nn.transformer import _Layer
+
+
+class Fused:
+    """Marks what fuse() has changed, apart from modules that were made as fusedformer.nn's."""
+
+    original: ClassVar[type]  # the class that unfuse() gives back
+
+
+def dropout_add_norm(
+    dropout: torch.nn.Dropout,
+    norm: torch.nn.LayerNorm,
+    x: Tensor,
+    residual: Tensor,
+    prenorm: bool = False,
+) -> Any:
+    """norm(residual + dropout(x)), and that sum too with prenorm, on the modules' own state."""
+    p = dropout.p if dropout.training else 0.0
+    if not prenorm:
+        # The result goes on as the residual, which autocast keeps wider than x.
+        x = x.to(torch.promote_types(x.dtype, residual.dtype))
+    return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, p, norm.eps, prenorm=prenorm)
+
+
+def _norm(norm: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+class LayerNorm(Fused, fusedformer.nn.LayerNorm):
+    original = torch.nn.LayerNorm
+
+
+class RMSNorm(Fused, fusedformer.nn.RMSNorm):
+    original = torch.nn.RMSNorm
+
+
+class Dropout(Fused, fusedformer.nn.Dropout):
+    original = torch.nn.Dropout
+
+
+class MultiheadAttention(Fused, fusedformer.nn.MultiheadAttention):
+    """Calls that ask for the weights are left to torch, which makes them on its way."""
+
+    original = torch.nn.MultiheadAttention
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: "Tensor | None" = None,
+        need_weights: bool = True,
+        attn_mask: "Tensor | None" = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> "tuple[Tensor, Tensor | None]":
+        args = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+        if need_weights or query.is_nested:
+            return torch.nn.MultiheadAttention.forward(self, *args, is_causal)
+        return super().forward(*args, is_causal)
+
+
+class CrossEntropyLoss(Fused, fusedformer.nn.CrossEntropyLoss):
+    """Class probabilities, and classes that are not the last dimension, are left to torch."""
+
+    original = torch.nn.CrossEntropyLoss
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point() or input.dim() > 2:
+            return torch.nn.CrossEntropyLoss.forward(self, input, target)
+        return super().forward(input, target)
+
+
+class TransformerEncoderLayer(Fused, torch.nn.TransformerEncoderLayer):
+    """Dropout, residual and norm are one kernel; so are bias, activation and dropout."""
+
+    original = torch.nn.TransformerEncoderLayer
+
+    _feed_forward = _Layer._feed_forward
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: "Tensor | None" = None,
+        src_key_padding_mask: "Tensor | None" = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if src.is_nested:  # torch.nn.TransformerEncoder makes them in evaluation mode
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn(
+                x, x, x, src_key_padding_mask, need_weights=False, attn_mask=src_mask,
+                is_causal=is_causal,
+            )[0]  # fmt: skip
+
+        if self.norm_first:
+            attended = attend(_norm(self.norm1, src))
+            x, residual = dropout_add_norm(self.dropout1, self.norm2, attended, src, prenorm=True)
+            return residual + self.dropout2(self._feed_forward(x))
+        x = dropout_add_norm(self.dropout1, self.norm1, attend(src), src)
+        return dropout_add_norm(self.dropout2, self.norm2, self._feed_forward(x), x)
+
+
+class TransformerDecoderLayer(Fused, torch.nn.TransformerDecoderLayer):
+    """As TransformerEncoderLayer."""
+
+    original = torch.nn.TransformerDecoderLayer
+
+    _feed_forward = _Layer._feed_forward
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: "Tensor | None" = None,
+        memory_mask: "Tensor | None" = None,
+        tgt_key_padding_mask: "Tensor | None" = None,
+        memory_key_padding_mask: "Tensor | None" = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn(
+                x, x, x, tgt_key_padding_mask, need_weights=False, attn_mask=tgt_mask,
+                is_causal=tgt_is_causal,
+            )[0]  # fmt: skip
+
+        def attend_to_memory(x: Tensor) -> Tensor:
+            return self.multihead_attn(
+                x, memory, memory, memory_key_padding_mask, need_weights=False,
+                attn_mask=memory_mask, is_causal=memory_is_causal,
+            )[0]  # fmt: skip
+
+        if self.norm_first:
+            x = attend(_norm(self.norm1, tgt))
+            x, residual = dropout_add_norm(self.dropout1, self.norm2, x, tgt, prenorm=True)
+            x = attend_to_memory(x)
+            x, residual = dropout_add_norm(self.dropout2, self.norm3, x, residual, prenorm=True)
+            return residual + self.dropout3(self._feed_forward(x))
+        x = dropout_add_norm(self.dropout1, self.norm1, attend(tgt), tgt)
+        x = dropout_add_norm(self.dropout2, self.norm2, attend_to_memory(x), x)
+        return dropout_add_norm(self.dropout3, self.norm3, self._feed_forward(x), x)
