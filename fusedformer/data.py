@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from fusedformer.transformer import datasets
 
@@ -35,5 +36,6 @@ def _show(name: str) -> None:
     dataset = datasets.get(name)
     if dataset.kind == "images":
         raise ValueError(f"{name} holds images; only pairs and text can be printed")
-    for item in datasets.load(name):
+    items: Any = datasets.load(name)
+    for item in items:
         sys.stdout.write("\t".join(item) + "\n" if isinstance(item, tuple) else item + "\n\n")

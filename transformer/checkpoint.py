@@ -67,7 +67,7 @@ def save(
 
 def write(
     folder: "str | Path",
-    model: nn.Module,
+    model: Any,
     weights: Mapping[str, Tensor],
     tokenizer: "Tokenizer | None",
     about: Mapping[str, Any],
@@ -78,7 +78,7 @@ def write(
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; it is not overwritten")
     name = next(name for name, (kind, _) in MODELS.items() if type(model) is kind)
-    config = {"model": name, "config": dataclasses.asdict(model.config)}
+    config: dict[str, Any] = {"model": name, "config": dataclasses.asdict(model.config)}
     config |= {"rng_version": RNG_VERSION, **about}
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

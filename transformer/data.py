@@ -149,7 +149,7 @@ def split_pairs(pairs: Pairs) -> tuple[Pairs, Pairs]:
 def split_documents(documents: Documents) -> tuple[Documents, Documents]:
     """(training, held out): the last twentieth of the text, from a paragraph's or line's start."""
     left = sum(map(len, documents)) // HELD_OUT
-    training, held_out = list(documents), []
+    training, held_out = list(documents), list[str]()
     while left > len(training[-1]):
         held_out.insert(0, training.pop())
         left -= len(held_out[0])

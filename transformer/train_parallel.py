@@ -22,13 +22,14 @@ PARALLEL = ("ddp", "fsdp")
 class Loss(nn.Module):
     """A model's loss as a forward, which is what DDP, FSDP2 and compile watch over."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, **inputs: Any) -> Tensor:
         """model.loss(**inputs)."""
-        return self.model.loss(**inputs)
+        model: Any = self.model
+        return model.loss(**inputs)
 
 
 class World:
@@ -119,13 +120,13 @@ def layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from module.layers
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """All of a tensor of which this process may hold a part; every process has to ask."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if _in_parts(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if _in_parts(tensor) else tensor
 
 
-def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+def part_like(tensor: Tensor, like: Any) -> Tensor:
     """What this process is to hold of a whole tensor: the part that it holds of ``like``."""
     if not _in_parts(like):
         return tensor.to(like.device)

@@ -60,11 +60,12 @@ def set_up(
 def _read(run: Mapping[str, Any], model_config: ModelConfig) -> tuple[Any, Any]:
     """(training, held out) data."""
     kind = _KINDS[run["task"]]
-    split: Callable[[Any], tuple[Any, Any]] = {
+    splits: dict[str, Any] = {
         "pairs": data.split_pairs,
         "text": data.split_documents,
         "images": data.split_images,
-    }[kind]
+    }
+    split = splits[kind]
     whole = _read_one(run["data"], run["task"], model_config)
     if run["held_out"] is None:
         parts = split(whole)
@@ -128,31 +129,27 @@ def _pairs(
     tokenizer: Any,
     tell: Callable[[str], None],
 ) -> Setup:
-    ids = []
-    parts = {"training": training, "held-out": held_out}
-    for name, pairs in parts.items():
+    parts = []
+    for name, pairs in (("training", training), ("held-out", held_out)):
         sources = data.encode(tokenizer, [source for source, _ in pairs], eos=True)
         targets = data.encode(tokenizer, [target for _, target in pairs], sos=True, eos=True)
         if training_config.too_long == "drop":
             # A target's <sos> is only read and its <eos> only predicted: one position for both.
-            fit = [
-                max(len(source), len(target) - 1) <= config.max_length
-                for source, target in zip(sources, targets, strict=True)
-            ]
-            if not all(fit):
-                tell(f"{fit.count(False)} of {len(fit)} {name} pairs are too long and left out")
-            sources, targets, parts[name] = (
-                [item for item, fits in zip(items, fit, strict=True) if fits]
-                for items in (sources, targets, pairs)
-            )
-        ids.append((sources, targets))
+            longest = [max(len(s), len(t) - 1) for s, t in zip(sources, targets, strict=True)]
+            fitting = [i for i, length in enumerate(longest) if length <= config.max_length]
+            if left_out := len(pairs) - len(fitting):
+                tell(f"{left_out} of {len(pairs)} {name} pairs are too long and left out")
+            sources, targets = [sources[i] for i in fitting], [targets[i] for i in fitting]
+            pairs = [pairs[i] for i in fitting]
+        parts.append(((sources, targets), pairs))
+    (training_ids, training), (held_out_ids, held_out) = parts
     size, seed = training_config.batch_size, training_config.seed
-    task = Translation(config, *ids, size, seed)
+    task = Translation(config, training_ids, held_out_ids, size, seed)
     tell(
-        f"{len(parts['training']):,} pairs to train on, {len(parts['held-out']):,} held out; "
-        f"{config.vocab_size} tokens"
+        f"{len(training):,} pairs to train on, {len(held_out):,} held out; "
+        f"{config.vocab_size} kinds of token"
     )
-    return Setup(Transformer(config), task, tokenizer, {"task": "seq2seq"}, parts["held-out"])
+    return Setup(Transformer(config), task, tokenizer, {"task": "seq2seq"}, held_out)
 
 
 def _text(
@@ -170,7 +167,7 @@ def _text(
         ids.append(
             [[data.SOS, *(text[::-1] if backwards else text), data.EOS] for text in encoded]
         )
-        # <sos> and <eos> stand where documents begin and end.
+    training_ids, held_out_ids = ids
     counts = [sum(map(len, part)) for part in ids]
     tell(
         f"{counts[0]:,} tokens to train on, {counts[1]:,} held out; {config.vocab_size} kinds of "
@@ -178,11 +175,12 @@ def _text(
     )
     size, seed = training_config.batch_size, training_config.seed
     if isinstance(config, GPTConfig):
-        task: Task = NextToken(config, *ids, size, seed)
+        task: Task = NextToken(config, training_ids, held_out_ids, size, seed)
         about = {"task": "gpt", "right_to_left": backwards}
         return Setup(GPT(config), task, tokenizer, about, held_out)
     assert isinstance(config, BERTConfig)
-    task = MaskedTokens(config, *ids, size, seed, training_config.masked)
+    masked = training_config.masked
+    task = MaskedTokens(config, training_ids, held_out_ids, size, seed, masked)
     model = BERT(config)
     # Its other head has no part in this loss.
     for layer in (model.pooler, model.classifier):

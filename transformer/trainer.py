@@ -56,7 +56,10 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() >= 2]
     others = [parameter for parameter in trained if parameter.dim() < 2]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
@@ -98,7 +101,7 @@ class Trainer:
         model.to(device)
         if config.checkpoint_activations:
             for layer in layers(model):
-                layer.forward = _recomputed(layer.forward)  # type: ignore[method-assign]
+                layer.forward = _recomputed(layer.forward)
         self._loss, self._held_out_loss = self.world.wrap(model)
         if config.compile:
             self._loss.compile()
@@ -242,16 +245,16 @@ class Trainer:
             signal.signal(number, before[number])
 
         # Many processes would not stop at the same step, and only the main thread gets signals.
-        before: dict[int, Any] = {}
+        before: dict[Any, Any] = {}
         if not self.world.many:
             with contextlib.suppress(ValueError):
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    before[number] = signal.signal(number, stop)
+                for caught in (signal.SIGINT, signal.SIGTERM):
+                    before[caught] = signal.signal(caught, stop)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
 
     # --- Checkpoints ------------------------------------------------------------------------------
 
