@@ -15,13 +15,18 @@ import fusedformer
 # subcommand -> its module, and what --help says of it
 COMMANDS = {
     "aot": ("fusedformer.aot", "compile every GPU kernel without a GPU, and hold it to budgets"),
+    "attention-map": ("fusedformer.use.attention_map", "draw which word a model looks at"),
     "bench": ("fusedformer.benchmarks.bench", "time the ops beside those of PyTorch and others"),
     "build": ("fusedformer.build", "compile the C++ kernels ahead of their first use"),
+    "classify": ("fusedformer.use.classify", "say which class an image or a text is of"),
     "data": ("fusedformer.data", "list and fetch the data sets that training knows"),
     "doctor": ("fusedformer.doctor", "say what each op runs on here, and why not on the rest"),
+    "generate": ("fusedformer.use.generate", "continue a text, or fill in its masked words"),
     "gpu": ("fusedformer.benchmarks.gpu", "collect what only a GPU can show, in one file"),
     "profile": ("fusedformer.benchmarks.profile", "measure how an op's cost grows with its sizes"),
+    "score": ("fusedformer.use.score", "say how likely a model holds a text to be"),
     "train": ("fusedformer.train", "train a model: translation, text, masked words, images"),
+    "translate": ("fusedformer.use.translate", "translate sentences"),
 }
 
 USER_ERROR = 2  # as argparse has it

@@ -128,7 +128,7 @@ def check_size(words: int) -> None:
 def _transformer(
     model: Transformer, tokenizer: "Tokenizer", ids: list[int], target: "str | None"
 ) -> tuple[list[Attention], list[Prediction]]:
-    source = torch.tensor([[*ids, EOS]])
+    source = _tensor(model, [[*ids, EOS]])
     check_size(source.shape[1])
     if target is None:
         room = min(MAX_WORDS, model.config.max_length)
@@ -138,7 +138,7 @@ def _transformer(
         targets = written[0, : lengths[0]].tolist()
     else:
         targets = [*encode(tokenizer, [target])[0], EOS]
-    read = torch.tensor([[SOS, *targets[:-1]]])
+    read = _tensor(model, [[SOS, *targets[:-1]]])
     check_size(read.shape[1])
     found = attention_weights(model, source, read)
     sources, words = (labels(tokenizer, row[0].tolist()) for row in (source, read))
@@ -157,7 +157,7 @@ def _transformer(
 def _gpt(
     model: GPT, tokenizer: "Tokenizer", ids: list[int]
 ) -> tuple[list[Attention], list[Prediction]]:
-    read = torch.tensor([[SOS, *ids]])
+    read = _tensor(model, [[SOS, *ids]])
     check_size(read.shape[1])
     words = labels(tokenizer, read[0].tolist())
     weights = attention_weights(model, read)["stack.self_attention"][:, 0]
@@ -170,7 +170,7 @@ def _bert(
     model: BERT, tokenizer: "Tokenizer", ids: list[int]
 ) -> tuple[list[Attention], list[Prediction]]:
     """Each word is masked in turn for its prediction; the weights are of the text as it is."""
-    read = torch.tensor([SOS, *ids, EOS])
+    read = _tensor(model, [SOS, *ids, EOS])
     check_size(len(read))
     words = labels(tokenizer, read.tolist())
     weights = attention_weights(model, read[None])["encoder.self_attention"][:, 0]
@@ -187,11 +187,16 @@ def _bert(
     return [attention], _predictions(tokenizer, around, ids, *distributions)
 
 
+def _tensor(model: Model, ids: list) -> Tensor:
+    return torch.tensor(ids, device=next(model.parameters()).device)
+
+
 def _both(model: Any) -> list[Any]:
     """A model of the same configuration with random weights, always the same, and the model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return [type(model)(model.config), model]
+        untrained = type(model)(model.config)
+    return [untrained.to(next(model.parameters()).device), model]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fusedformer.kernels.checks import shape
 from fusedformer.transformer.bert import BERT
-from fusedformer.transformer.data import EOS, MASK, SOS, encode, pad
+from fusedformer.transformer.data import EOS, MASK, SOS, encode
 from fusedformer.transformer.generate import evaluation
 from fusedformer.transformer.gpt import GPT
 from fusedformer.transformer.layers import next_tokens
@@ -138,15 +138,17 @@ def score_text(
     if not text.strip():
         raise ValueError("score: the text is empty")
     (ids,) = encode(tokenizer, [text])
+    device = next(model.parameters()).device
     if isinstance(model, BERT):
-        log_probs = masked_log_probs(model, torch.tensor([SOS, *ids, EOS]), MASK)[1:-1].tolist()
+        tokens = torch.tensor([SOS, *ids, EOS], device=device)
+        log_probs = masked_log_probs(model, tokens, MASK)[1:-1].tolist()
         return Score(text, token_texts(tokenizer, ids), log_probs)
     ids = ids[::-1] if right_to_left else ids
-    tokens = torch.tensor([[SOS, *ids, EOS]])
+    tokens = torch.tensor([[SOS, *ids, EOS]], device=device)
     if isinstance(model, Transformer):
         if source is None or not source.strip():
             raise ValueError("score: a Transformer's text wants the source that it translates")
-        read, _ = pad(encode(tokenizer, [source], eos=True))
+        read = torch.tensor(encode(tokenizer, [source], eos=True), device=device)
         log_probs = token_log_probs(model, tokens, source=read)[0].tolist()
     else:
         log_probs = token_log_probs(model, tokens)[0].tolist()

@@ -18,10 +18,14 @@ def token_texts(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[str]:
     return [_text(tokenizer, id) for id in ids]
 
 
+def visible(text: str) -> str:
+    """A token's text with no spaces around it, and something to see in any case."""
+    return text.replace("\n", "⏎").strip() or "␣"
+
+
 def labels(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[str]:
-    """token_texts() for a picture: no spaces around them, and something to see for each."""
-    texts = (text.replace("\n", "⏎").strip() for text in token_texts(tokenizer, ids))
-    return [text or "␣" for text in texts]
+    """token_texts() made visible(), for pictures and lists."""
+    return [visible(text) for text in token_texts(tokenizer, ids)]
 
 
 def _text(tokenizer: "Tokenizer", id: int) -> str:
