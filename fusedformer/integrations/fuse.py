@@ -111,8 +111,8 @@ def unfuse(model: Module) -> None:
     """
     if not isinstance(model, Module):
         raise TypeError(f"unfuse: model must be a torch.nn.Module; got {type(model).__name__}")
-    fused = [module for module in model.modules() if isinstance(module, Fused)]
-    switched = [module for module in model.modules() if _ATTENTION in module.__dict__]
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, Fused)]
+    switched: list[Any] = [module for module in model.modules() if _ATTENTION in module.__dict__]
     if not fused and not switched:
         raise ValueError("unfuse: nothing in the model is fused; fuse(model) does that")
     for module in fused:
@@ -161,7 +161,7 @@ def _check(model: Module) -> None:
 
 def _rule(module: Module) -> "Rule | None":
     """Of its class, or of torch's class that it is a subclass of; None for any other module."""
-    kind = type(module)
+    kind: Any = type(module)
     if kind in RULES:
         return RULES[kind]
     if kind.__module__.startswith("fusedformer."):
@@ -181,7 +181,7 @@ def _reason_to_leave(module: Module, rule: Rule, default: torch.device) -> "str 
     if (reason := _changed(module)) is not None:
         return reason
     for name, wanted in rule.parts.items():
-        part = getattr(module, name)
+        part: Any = getattr(module, name)
         if type(part) is not wanted:
             return f"its {name} is a {type(part).__name__}"
         if (reason := _changed(part)) is not None:

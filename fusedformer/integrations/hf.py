@@ -51,7 +51,7 @@ def attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: "int | Tensor" = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: "Tensor | None" = None,
@@ -70,7 +70,7 @@ def attention_mask(
     if mask is None or attention_mask is None:
         return mask
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-    # That the first query sees the first key alone is torch's causal rule, and ours below.
+    # Static caches bring a tensor. That the first query sees the first key alone is torch's causal rule, and ours below.
     aligned = isinstance(q_offset, int) and q_offset == kv_offset == 0
     if plain and aligned and attention_mask.shape == (batch_size, kv_length):
         causal = mask_function is causal_mask_function

@@ -66,7 +66,8 @@ class _Layer(Fused):
 def _new(original: type) -> Any:
     rule = rule_for(original)
     assert rule is not None
-    return rule.fused.__new__(rule.fused)
+    fused: Any = rule.fused
+    return fused.__new__(fused)
 
 
 @functools.cache

@@ -90,7 +90,7 @@ class TransformerEncoderLayer(Fused, torch.nn.TransformerEncoderLayer):
 
     original = torch.nn.TransformerEncoderLayer
 
-    _feed_forward = _Layer._feed_forward
+    _feed_forward: Any = _Layer._feed_forward
 
     def forward(
         self,
@@ -121,7 +121,7 @@ class TransformerDecoderLayer(Fused, torch.nn.TransformerDecoderLayer):
 
     original = torch.nn.TransformerDecoderLayer
 
-    _feed_forward = _Layer._feed_forward
+    _feed_forward: Any = _Layer._feed_forward
 
     def forward(
         self,

@@ -53,8 +53,8 @@ NORM = "dropout_add_layer_norm"
 
 def _parts(count: int) -> dict[str, type]:
     numbers = range(1, count + 1)
-    norms = {f"norm{number}": LayerNorm for number in numbers}
-    return norms | {f"dropout{number}": Dropout for number in numbers} | {"dropout": Dropout}
+    parts: dict[str, type] = {f"norm{number}": LayerNorm for number in numbers}
+    return parts | {f"dropout{number}": Dropout for number in numbers} | {"dropout": Dropout}
 
 
 RULES: dict[type, Rule] = {
