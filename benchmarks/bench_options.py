@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fusedformer.benchmarks import metrics, suites
 from fusedformer.benchmarks.entries import Entry
-from fusedformer.benchmarks.ops import attention, common, cross_entropy, rows
+from fusedformer.benchmarks.ops import attention, common, cross_entropy, models, rows
 from fusedformer.benchmarks.ops.registry import OPS
 from fusedformer.benchmarks.options import choice, device_of, probabilities, seconds, whole, wholes
 from fusedformer.benchmarks.runner import ISA_ENVIRONMENT, Limits
@@ -204,11 +204,12 @@ def _of_ops(args: argparse.Namespace, device: str) -> list[Entry]:
                 sizes("rows", _LOSS_ROWS[gpu]), dtypes, sizes("hidden"), sizes("vocab")
             )
         ],
+        models.Case: lambda op: models.sizes(args.quick, device)[op],
     }
     modes = _listed("--mode", args.mode or "fwd,fwd_bwd", common.MODES)
     return [
         Entry(op, case, mode, isa=isa)
         for op in _listed("--op", args.op, tuple(OPS))
-        for mode in modes
+        for mode in ((models.STEP,) if OPS[op].case is models.Case else modes)
         for case in cases[OPS[op].case](op)
     ]

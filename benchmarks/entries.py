@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fusedformer.benchmarks.ops import attention, cross_entropy, rows
+from fusedformer.benchmarks.ops import attention, cross_entropy, models, rows
 from fusedformer.benchmarks.ops.registry import OPS
 
 # What an entry measures: time; the peak of memory beyond the inputs, or beyond these and what is
@@ -15,6 +15,7 @@ MODE_NAMES = {
     "fwd_grad": "forward with gradients",
     "bwd": "backward",
     "fwd_bwd": "forward+backward",
+    models.STEP: "whole",
 }
 
 # Kinds of goals, all of this project's row: the baseline's cost over its cost; its TFLOP/s; its
@@ -89,6 +90,9 @@ def problem(case: Any) -> str:
         parts += ["causal"] * case.causal + ["padded"] * case.padded
     elif isinstance(case, rows.Case):
         parts.append(f"{case.rows} x {case.width}")
+    elif isinstance(case, models.Case):
+        parts.append(f"{case.layers} layers of {case.width}, {case.batch} x {case.seq} tokens")
+        parts += [f"dropout {case.dropout:g}"] if case.dropout else []
     else:
         parts.append(f"{case.rows} tokens, {case.vocab} classes")
     parts += [f"dropout {case.dropout_p:g}"] if case.dropout_p else []
@@ -102,4 +106,6 @@ def sample(op: str, device: str) -> Any:
         return attention.Case(1, 2, 128, 64, "bf16", device=device)
     if kind is rows.Case:
         return rows.Case(32, 128, "bf16", device=device)
+    if kind is models.Case:
+        return models.sizes(True, device)[op][0]
     return cross_entropy.Case(32, 1024, 128, "bf16", device)

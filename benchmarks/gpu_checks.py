@@ -52,18 +52,19 @@ def dropout(device: str) -> list[dict]:
 
 def _row_masks(device: str, p: float, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
     shape = _SIZES[device][0]
-    kept = fusedformer.dropout(torch.ones(shape, device=device), p, seed=seed) != 0
-    at = rng.as_seed("dropout", seed, kept.device)
-    return kept, rng.rows_keep(at, p, *shape, rng.DROPOUT)
+    out = fusedformer.dropout(torch.ones(shape, device=device), p, seed=seed)
+    at = rng.as_seed("dropout", seed, out.device)
+    return out.ne(0), rng.rows_keep(at, p, *shape, rng.DROPOUT)
 
 
 def _attention_masks(device: str, p: float, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
     batch, heads, length = _SIZES[device][1]
     flat = torch.zeros(batch, heads, length, length, device=device)  # every key counts alike
     one_hot = torch.eye(length, device=device).expand(flat.shape)
-    kept = fusedformer.attention(flat, flat, one_hot, dropout_p=p, seed=seed) != 0
-    at = rng.as_seed("attention", seed, kept.device)
-    return kept, rng.attention_keep(at, p, flat.shape)
+    case = attention.Case(batch, heads, length, length, dropout_p=p, device=device)
+    out = attention.seeded(case, seed)(flat, flat, one_hot)
+    at = rng.as_seed("attention", seed, out.device)
+    return out.ne(0), rng.attention_keep(at, p, flat.shape)
 
 
 def odd_shapes(device: str) -> int:

@@ -108,14 +108,16 @@ def first(op_name: str, impl: str, case: Any, mode: str, isa: str) -> dict:
         out, grads = _run(op, impl, case, mode, held)
     used = meter.extra()
     returned = sum(tensor.nbytes for tensor in (out, *(grads or ())))
-    compared = _error_case(op, impl, case)
-    if compared == case:
-        found = op.compare(case, kept, out, grads, _seed(case))
-    else:
-        del out, grads
-        found = _error(op, impl, compared, mode)
-    before, after = case.as_dict(), compared.as_dict()
-    found["case"] = {name: value for name, value in after.items() if value != before[name]}
+    found: dict = {"forward": None}
+    if op.compare is not None:
+        compared = _error_case(op, impl, case)
+        if compared == case:
+            found = op.compare(case, kept, out, grads, _seed(case))
+        else:
+            del out, grads
+            found = _error(op, impl, compared, mode)
+        before, after = case.as_dict(), compared.as_dict()
+        found["case"] = {name: value for name, value in after.items() if value != before[name]}
     return {
         "label": label(op, impl, case, backends, held),
         "memory": {"bytes": used, "returned": returned, "baseline_bytes": meter.baseline},
@@ -149,6 +151,7 @@ def _error(op: Op, impl: str, case: Any, mode: str) -> dict:
     """Relative errors against float64, "forward" and, but in mode "fwd", "backward"."""
     held = op.inputs(case, 1)
     kept = held.copy()
+    assert op.compare is not None
     return op.compare(case, kept, *_run(op, impl, case, mode, held), _seed(case))
 
 
@@ -156,6 +159,8 @@ def _error(op: Op, impl: str, case: Any, mode: str) -> dict:
 def limits(op_name: str, case: Any, mode: str) -> dict:
     """The errors over which a result is wrong, by part; see WRONG."""
     op = OPS[op_name]
+    if op.compare is None:
+        return {}
     compared = _error_case(op, op.eager, case.at(**one_head(case)))
     found = _error(op, op.eager, compared, mode)
     eps = torch.finfo(common.DTYPES[case.dtype]).eps
@@ -202,7 +207,7 @@ def times(
     op = OPS[op_name]
     first = op.inputs(case, 0)
     size = sum(t.nbytes for t in (*first.args, first.grad))
-    count = 1 if host else max(1, min(_MOST_SETS, _SETS_BYTES // size))
+    count = 1 if host or not first.args else max(1, min(_MOST_SETS, _SETS_BYTES // size))
     sets = [first, *(op.inputs(case, seed) for seed in range(1, count))]
     found = timing.time_interleaved(
         {impl: _sample(op.impls[impl].make(case), sets, mode) for impl in impls},

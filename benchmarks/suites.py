@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from fusedformer.benchmarks import op_suites
 from fusedformer.benchmarks.entries import (
     COPY,
     MEMORY,
@@ -106,11 +107,9 @@ def gpu(quick: bool, device: str) -> list[Entry]:
     scale = 16 if device == "cpu" else 1
     long = 8192 // scale // (4 if quick else 1)
 
-    def case(dim: int, seq: int = long, **more: object) -> attention.Case:
-        return attention.Case(
-            max(1, 32768 // scale // seq), max(1, 2048 // scale // dim), seq, dim, "bf16",
-            device=device, **more,
-        )  # fmt: skip
+    def case(dim: int, causal: bool) -> attention.Case:
+        batch, heads = max(1, 32768 // scale // long), max(1, 2048 // scale // dim)
+        return attention.Case(batch, heads, long, dim, "bf16", causal, device=device)
 
     d128 = case(128, causal=True)
     impls = (*_SDPA, *_PEERS, "flex", "compile")
@@ -121,7 +120,7 @@ def gpu(quick: bool, device: str) -> list[Entry]:
     # Dropout, against torch and against our own without it.
     for dim, own in ((128, Goal(OWN, 0.80, 0.88)), (64, Goal(OWN, 0.68, 0.78))):
         for causal in (True, False):
-            plain = case(dim, causal=causal)
+            plain = case(dim, causal)
             dropped = plain.at(dropout_p=0.1)
             goals = (Goal(RATIO, 1.25, 1.4), own)
             entries += [
@@ -144,12 +143,12 @@ def _gpu_rows(quick: bool, device: str, scale: int) -> list[Entry]:
     widths = (1024, 4096) if quick else (768, 1024, 2048, 4096, 8192, 16384)
     for width in widths:
         size = rows.Case(2**27 // width // scale**2, width, "bf16", 0.1, device)
-        forward = (Goal(COPY, 0.75, 0.80) if width == 768 else Goal(COPY, 0.88, 0.92),)
-        against = (Goal(RATIO, 1.0, 1.1),)
-        backward = (Goal(COPY, 0.75, 0.85),) if 1024 <= width <= 8192 else ()
-        for mode, goal in (("fwd", forward), ("bwd", backward)):
+        forward = Goal(COPY, 0.75, 0.80) if width == 768 else Goal(COPY, 0.88, 0.92)
+        backward = [Goal(COPY, 0.75, 0.85)] if 1024 <= width <= 8192 else []
+        for mode, copy in (("fwd", [forward]), ("bwd", backward)):
+            goals = (*copy, Goal(RATIO, 1.0, 1.1))
             entries.append(
-                Entry("dropout_add_layer_norm", size, mode, "", (), "compile", goals=goal + against)
+                Entry("dropout_add_layer_norm", size, mode, "", (), "compile", goals=goals)
             )
     return entries
 
@@ -176,4 +175,13 @@ def _gpu_losses(device: str, scale: int) -> list[Entry]:
     return entries
 
 
-SUITES: dict[str, Suite] = {"cpu": cpu, "gpu": gpu}
+SUITES: dict[str, Suite] = {
+    "cpu": cpu,
+    "gpu": gpu,
+    "attention": op_suites.attention_suite,
+    "rows": op_suites.rows_suite,
+    "losses": op_suites.losses_suite,
+    "models": op_suites.models_suite,
+    "overhead": op_suites.overhead_suite,
+    "memory": op_suites.memory_suite,
+}

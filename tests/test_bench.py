@@ -22,7 +22,7 @@ from fusedformer.benchmarks import (
     workers,
 )
 from fusedformer.benchmarks.entries import Entry
-from fusedformer.benchmarks.ops import attention, common, cross_entropy, rows
+from fusedformer.benchmarks.ops import attention, common, cross_entropy, models, rows
 from fusedformer.benchmarks.ops.common import Impl
 from fusedformer.benchmarks.ops.registry import OPS
 from fusedformer.benchmarks.workers import Outcome
@@ -35,6 +35,7 @@ CASES = {
     rows.Case: [rows.Case(5, 33, "fp32"), rows.Case(5, 33, "bf16", 0.3)],
     cross_entropy.Case: [cross_entropy.Case(5, 33, 8), cross_entropy.Case(5, 33, 8, "bf16")],
 }
+COMPARED = [name for name, op in OPS.items() if op.compare]
 TINY = attention.Case(1, 2, 16, 8)
 QUICK = runner.Limits(seconds=0.01, max_rounds=3)
 
@@ -50,7 +51,7 @@ def measured(asked, failures=None, before=lambda function, args: None, limits=QU
 
 
 @pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", COMPARED)
 def test_errors_of_right_results_are_below_the_limit(name, mode):
     op = OPS[name]
     for case in CASES[op.case]:
@@ -64,7 +65,7 @@ def test_errors_of_right_results_are_below_the_limit(name, mode):
 
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", COMPARED)
 def test_a_wrong_result_is_over_the_limit(name, part, monkeypatch):
     """A thousandth of one tensor that is off by its size is enough."""
     op, real = OPS[name], measure._run
@@ -103,13 +104,29 @@ def test_flops_and_bytes_by_hand():
     assert OPS["linear_cross_entropy"].flops(loss, "fwd") == 2 * 10 * 16 * 4
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", COMPARED)
 def test_eager_is_the_same_function(name):
     op = OPS[name]
     case = CASES[op.case][0]
     function = op.impls[op.eager].make(case)
     args = op.inputs(case, 3).args
     torch.testing.assert_close(function(*args), op.seeded(case)(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_models():
+    for op, cases in models.sizes(True, "cpu").items():
+        names = [name for name in OPS[op].impls if name != "hugging-face"]
+        found = measured([Entry(op, case, models.STEP, impls=tuple(names)) for case in cases])
+        assert [row["status"] for row in found] == [workers.OK] * len(names)
+        assert all(row["ms"]["median"] > 0 for row in found)
+        assert found[0]["error"]["forward"] is None
+
+
+def test_decoding_writes_as_many_tokens_as_hugging_face():
+    pytest.importorskip("transformers")
+    case = models.sizes(True, "cpu")["gpt_decode"][0]
+    shapes = {name: impl.make(case)().shape for name, impl in OPS["gpt_decode"].impls.items()}
+    assert set(shapes.values()) == {(case.batch, case.seq)}
 
 
 def test_x_transformers():
@@ -321,7 +338,10 @@ def test_the_cpu_suite_has_every_goal():
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize(("name", "device"), [("cpu", "cpu"), ("gpu", "cuda"), ("gpu", "cpu")])
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [(name, d) for name in suites.SUITES for d in ("cpu", "cuda") if (name, d) != ("cpu", "cuda")],
+)
 def test_suites_name_what_there_is(name, device, quick):
     asked = suites.SUITES[name](quick, device)
     assert len({entry.key() for entry in asked}) == len(asked)

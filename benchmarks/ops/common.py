@@ -117,12 +117,13 @@ class Op:
         flops, moved: operations, and bytes, of a problem and a mode, as the file says.
         seeded: a problem, a dropout seed and a backend -> this project's function of the arguments.
         compare: a problem, its tensors, output, gradients or None, and dropout seed or None ->
-            relative errors against float64, "forward" and "backward".
+            relative errors against float64, "forward" and "backward"; None where there are none.
         checked: the problem at which errors are taken: the same, or a smaller one where float64
             would take too long.
         tiny: a problem -> one of its kind that takes no time and no memory.
         peak: an implementation's name and a problem -> a guess of the bytes beyond the inputs.
         x: the field that a sweep walks.
+        modes: in which it can be measured.
     """
 
     name: str
@@ -133,11 +134,12 @@ class Op:
     flops: Callable[[Any, str], float]
     moved: Callable[[Any, str], float]
     seeded: Callable[..., Callable[..., Tensor]]
-    compare: Callable[..., dict]
+    compare: "Callable[..., dict] | None"
     checked: Callable[[Any], Any]
     tiny: Callable[[Any], Any]
     peak: Callable[[str, Any], float]
     x: str
+    modes: tuple[str, ...] = MODES
 
 
 # --- Inputs and calls -----------------------------------------------------------------------------
