@@ -181,9 +181,10 @@ def _reason_to_leave(module: Module, rule: Rule, default: torch.device) -> "str 
     if (reason := _changed(module)) is not None:
         return reason
     for name, wanted in rule.parts.items():
-        part: Any = getattr(module, name)
-        if type(part) is not wanted:
-            return f"its {name} is a {type(part).__name__}"
+        part = getattr(module, name)
+        found: Any = type(part)
+        if found is not wanted:
+            return f"its {name} is a {found.__name__}"
         if (reason := _changed(part)) is not None:
             return f"its {name} has {reason}"
     parameters = list(module.parameters())

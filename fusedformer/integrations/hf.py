@@ -70,11 +70,12 @@ def attention_mask(
     if mask is None or attention_mask is None:
         return mask
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-    # Static caches bring a tensor. That the first query sees the first key alone is torch's causal rule, and ours below.
+    # Both begin at the same place, as in torch's causal rule and ours below; static caches bring a
+    # tensor, which is not read.
     aligned = isinstance(q_offset, int) and q_offset == kv_offset == 0
     if plain and aligned and attention_mask.shape == (batch_size, kv_length):
         causal = mask_function is causal_mask_function
-        mask.fusedformer = _padding(attention_mask, causal)  # type: ignore[attr-defined]
+        mask.fusedformer = _padding(attention_mask, causal)
     return mask
 
 
