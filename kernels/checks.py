@@ -80,7 +80,7 @@ def checked_scale(op: str, scale: object) -> float:
     if not is_number(scale) and not isinstance(scale, torch.SymFloat):
         raise TypeError(f"{op}: scale must be a number; got {scale!r}")
     value = float(scale)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite takes no symbols
         raise ValueError(f"{op}: scale must be finite; got {value}")
     return value
 

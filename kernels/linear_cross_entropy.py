@@ -114,6 +114,7 @@ _ARGS = (
 )
 
 
+@torch.no_grad()  # an exported program calls the op with the parameters themselves
 def _fwd(
     input, linear_weight, linear_bias, target, weight, ignore_index, smoothing, wanted, backend
 ):  # fmt: skip
@@ -154,6 +155,7 @@ def _fwd_fake(
     )
 
 
+@torch.no_grad()
 def _bwd(
     grad_losses, lse,
     input, linear_weight, linear_bias, target, weight, ignore_index, smoothing, wanted, backend

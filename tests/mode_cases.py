@@ -42,7 +42,7 @@ def _heads(function: Callable) -> Callable:
     """A function of (B, H, N, D) as one of (B, N, E)."""
 
     def call(x: Tensor, *others: Tensor) -> Tensor:
-        x = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        x = x.view(*x.shape[:-1], HEADS, -1).transpose(1, 2)
         return function(x, *others).transpose(1, 2).flatten(2)
 
     return call
@@ -107,7 +107,11 @@ CASES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[int, int], tuple
         _rows,
     ),
     "cross_entropy": (
-        lambda: Call(lambda x, y: fusedformer.cross_entropy(x.mT, y, label_smoothing=0.1)),
+        lambda: Call(
+            lambda x, y: fusedformer.cross_entropy(
+                x.mT.flatten(0, 1), y.flatten(), label_smoothing=0.1
+            )
+        ),
         _logits,
     ),
     "linear_cross_entropy": (
@@ -160,9 +164,8 @@ def results(module: torch.nn.Module, inputs: tuple[Tensor, ...], seed: int = 5) 
     torch.manual_seed(seed)
     outputs = module(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    for output in outputs:
-        # Some numbers that differ, and that meta tensors have, too.
-        upstream = torch.arange(output.numel(), device=output.device).cos().view(output.shape)
-        output.backward(upstream.to(output.dtype), retain_graph=True)
+    # Weights that differ, and that meta tensors have, too.
+    weights = [torch.arange(y.numel(), device=y.device).cos().view(y.shape) for y in outputs]
+    sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True)).backward()
     gradients = [leaf.grad for leaf in (*leaves, *module.parameters()) if leaf.grad is not None]
     return [*(output.detach() for output in outputs), *gradients]

@@ -247,7 +247,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if not is_causal or queries != keys:  # else it says what is_causal says
                 is_causal = False
                 if attn_mask.dim() == 3:
-                    attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+                    attn_mask = attn_mask.view(batch, self.num_heads, queries, keys)
                 masks.append(attn_mask)
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra:
