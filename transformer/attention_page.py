@@ -257,9 +257,9 @@ def page(look: Look) -> str:
         _ATTENTION,
         _predictions(look.predictions) if look.predictions else "",
         _POSITIONS.format(about=escape(look.positions_about)),
-        # "</" would end the script inside a word of the text.
+        # A word of the text might end or open a script: JSON can do without "<".
         f'<script type="application/json" id="look">'
-        f"{json.dumps(data, ensure_ascii=False).replace('</', '<' + chr(92) + '/')}</script>",
+        f"{json.dumps(data, ensure_ascii=False).replace('<', _LESS)}</script>",
         f"<script>{_SCRIPT}</script>",
     ]
     return (
@@ -272,6 +272,8 @@ def page(look: Look) -> str:
         + "\n</main></body></html>\n"
     )
 
+
+_LESS = "\\u003c"
 
 _ATTENTION = """
 <h2>Which word looks at which</h2>
