@@ -150,6 +150,27 @@ def test_errors(capacity, lengths, first, then, message):
         run(TOKENS[:, :then], cache=cache)
 
 
+@torch.no_grad()
+def test_unequal_rows_come_first():
+    model, run = decoder("gpt")
+    cache = model.new_cache(3, 13)
+    run(TOKENS[:, :4], cache=cache)
+    with pytest.raises(ValueError, match="must come first, on an empty cache; it holds 4 tokens"):
+        run(TOKENS[:, 4:9], torch.tensor([5, 1, 2]), cache)
+
+
+@torch.no_grad()
+def test_a_row_may_stand_still():
+    """A step that keeps no token of a row, which has come to its end, leaves it as it was."""
+    model, run = decoder("gpt")
+    cache = model.new_cache(3, 13)
+    run(TOKENS[:, :5], LENGTHS.clamp(max=5), cache)
+    run(torch.zeros(3, 1).long(), torch.tensor([1, 0, 1]), cache)
+    found = run(TOKENS[:, 5:6], cache=cache)[1, 0]
+    assert cache.lengths.tolist() == [7, 6, 7]
+    torch.testing.assert_close(found, run(TOKENS)[1, 5])
+
+
 def test_another_batch():
     model, run = decoder("gpt")
     with pytest.raises(ValueError, match="KVCache: key must have the batch size 3 of the cache"):

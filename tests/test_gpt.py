@@ -134,6 +134,11 @@ def test_errors(tokens, error, message):
         gpt()(tokens)
 
 
+def test_errors_of_the_configuration():
+    with pytest.raises(ValueError, match="must be even for rotary positions; got 36 / 4"):
+        gpt(d_model=36, rotary=True)
+
+
 def test_errors_of_loss():
     with pytest.raises(ValueError, match=r"GPT.loss: tokens must be .* 2 or more; got \(3, 1\)"):
         gpt().loss(TOKENS[:, :1])

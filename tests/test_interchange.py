@@ -94,7 +94,7 @@ class TorchSeq2Seq(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, "autocast"], ids=str)
 @pytest.mark.parametrize(("prenorm", "activation"), [(False, "relu"), (True, "gelu")])
 def test_torch_transformer(prenorm, activation, dtype):
     config = TransformerConfig(
@@ -115,10 +115,13 @@ def test_torch_transformer(prenorm, activation, dtype):
         return from_torch(grads, config) | {"target_embedding.weight": model.embedding.weight.grad}
 
     def call(model: nn.Module) -> list[Tensor]:
-        logits = model(SOURCE, TOKENS, source_lengths=SOURCE_LENGTHS, target_lengths=LENGTHS)
+        narrow = dtype == "autocast" and next(model.parameters()).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            logits = model(SOURCE, TOKENS, source_lengths=SOURCE_LENGTHS, target_lengths=LENGTHS)
         return [logits[REAL]]
 
-    assert_same(ours, theirs, call, call, gradients, dtype)
+    held = torch.float32 if dtype == "autocast" else dtype
+    assert_same(ours, theirs, call, call, gradients, held)
 
 
 def test_torch_transformer_errors():

@@ -128,6 +128,8 @@ def test_errors(source, target, message):
 def test_errors_of_the_configuration():
     with pytest.raises(ValueError, match=r"source_vocab_size must be vocab_size where .* shared"):
         TransformerConfig(vocab_size=10, source_vocab_size=11)
+    with pytest.raises(ValueError, match="d_model must be even for sinusoidal positions; got 9"):
+        TransformerConfig(d_model=9, heads=3)
 
 
 # --- It learns ------------------------------------------------------------------------------------

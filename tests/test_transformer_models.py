@@ -199,7 +199,7 @@ def test_dropout_is_where_the_paper_has_it(kind, expected):
             for op in ("attention", "dropout_add_layer_norm", "dropout")
         )
         assert counts == (expected if training else (0, 0, 0)), rates.found
-        assert not any(rates.found["bias_activation"])  # the papers have none there
+        assert not any(rates.found["bias_activation"])  # none there
 
 
 def train(model: torch.nn.Module, loss, seed: int) -> list[float]:

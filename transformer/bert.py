@@ -1,5 +1,4 @@
-"""BERT: an encoder-only Transformer (Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional
-Transformers for Language Understanding").
+"""BERT, an encoder-only Transformer (Devlin et al. 2019).
 
 B sequences of N tokens. Every position sees every other; what is learned from is a token that was
 masked out, or the class of the whole sequence.

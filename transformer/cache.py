@@ -31,8 +31,17 @@ class KVCache:
         self.ragged = False
         self.capacity = capacity
 
-    def positions(self, count: int) -> Tensor:
-        """Those of the next count tokens: (count,), or where rows are unequal (B, count)."""
+    def positions(self, count: int, lengths: "Tensor | None" = None) -> Tensor:
+        """Those of the next count tokens: (count,), or where rows are unequal (B, count).
+
+        Raises:
+            ValueError: lengths are given, so rows end in padding, after others that did not.
+        """
+        if lengths is not None and self.longest and not self.ragged:
+            raise ValueError(
+                "KVCache: rows of unequal lengths must come first, on an empty cache; "
+                f"it holds {self.longest} tokens a row"
+            )
         steps = torch.arange(count, device=self.lengths.device)
         return self.lengths[:, None] + steps if self.ragged else self.longest + steps
 

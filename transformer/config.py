@@ -22,7 +22,7 @@ class ModelConfig:
     prenorm: bool
     eps: float
     share_layers: bool  # one layer's weights, used by all of a stack (Lan et al. 2020)
-    ff_dropout: float = 0.0  # within the feed-forward, after its activation; the papers have none
+    ff_dropout: float = 0.0  # after the feed-forward's activation, as torch.nn.Transformer
 
     # name -> the fields in which a published size differs from the defaults
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}

@@ -1,5 +1,4 @@
-"""GPT: a decoder-only Transformer (Radford et al. 2019, "Language Models are Unsupervised
-Multitask Learners").
+"""GPT-2, a decoder-only Transformer (Radford et al. 2019).
 
 B sequences of N tokens. Each position sees itself and what is before it, and predicts the token
 after it.
@@ -43,6 +42,14 @@ class GPTConfig(ModelConfig):
         "xl": {"d_model": 1600, "layers": 48, "heads": 25, "d_ff": 6400},  # 1558M
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rotary and self.d_model // self.heads % 2:
+            raise ValueError(
+                "GPTConfig: d_model / heads must be even for rotary positions; "
+                f"got {self.d_model} / {self.heads}"
+            )
+
 
 class GPT(nn.Module):
     """tokens (B, N) -> logits (B, N, vocab_size) of the token after each."""
@@ -82,7 +89,7 @@ class GPT(nn.Module):
         if cache is None:
             positions = torch.arange(count, device=tokens.device)  # (N,)
         else:
-            positions = cache.positions(count)  # (N,) or (B, N)
+            positions = cache.positions(count, lengths)  # (N,) or (B, N)
         x = self.token_embedding(tokens)  # (B, N, d_model)
         rotary = None
         if self.position_embedding is None:

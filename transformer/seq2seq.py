@@ -50,6 +50,11 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.d_model % 2:
+            raise ValueError(
+                "TransformerConfig: d_model must be even for sinusoidal positions; "
+                f"got {self.d_model}"
+            )
         if self.share_embeddings and self.source_vocab_size not in (None, self.vocab_size):
             raise ValueError(
                 "TransformerConfig: source_vocab_size must be vocab_size where embeddings are "
@@ -131,7 +136,7 @@ class Transformer(nn.Module):
         if cache is None:
             positions = torch.arange(count, device=target.device)  # (Nt,)
         else:
-            positions = cache.positions(count)  # (Nt,) or (B, Nt)
+            positions = cache.positions(count, target_lengths)  # (Nt,) or (B, Nt)
         x = self.embed(self.target_embedding, target, positions)
         x = self.decoder(x, memory, target_lengths, source_lengths, cache=cache, states=states)
         if cache is not None:

@@ -1,4 +1,4 @@
-"""ViT: the Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words").
+"""ViT, the Vision Transformer (Dosovitskiy et al. 2021).
 
 An image is cut into patches, each patch is a token, and a token of no patch, the class token,
 gathers what the classifier reads. The layers are those of BERT, in pre-norm.
