@@ -64,3 +64,23 @@ def isa(request):
     ops.set_isa(request.param)
     yield request.param
     ops.set_isa("")
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """Four processes on the CPU, for Processes.run()."""
+    from processes import Processes
+
+    pool = Processes(4, tmp_path_factory.mktemp("processes"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def alone(tmp_path) -> Iterator[None]:
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

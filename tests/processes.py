@@ -1,4 +1,4 @@
-"""Processes that stay for all tests of a module: each test runs a function in some of them."""
+"""Processes that stay for all tests: each runs a function of its own in some of them."""
 
 import datetime
 import traceback
