@@ -228,6 +228,15 @@ def test_a_cache_gives_what_the_whole_would(layout, rotary):
     torch.testing.assert_close(torch.cat(parts, dim), whole)
 
 
+def test_key_lengths_count_where_the_cache_has_none():
+    ours, _ = plain()
+    x = torch.randn(BATCH, KEYS, WIDTH)
+    lengths = torch.tensor([4, KEYS, 1])
+    options = {"need_weights": False, "key_lengths": lengths}
+    found, _ = run(ours, x, cache=Cache(), **options)
+    torch.testing.assert_close(found, run(ours, x, is_causal=True, **options)[0])
+
+
 def test_a_complete_cache_is_not_projected():
     ours, _ = plain()
     query, memory = torch.randn(BATCH, QUERIES, WIDTH), torch.randn(BATCH, KEYS, WIDTH)
