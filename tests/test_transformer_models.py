@@ -54,7 +54,7 @@ def test_parameter_counts_of_the_paper(preset, millions):
     with torch.device("meta"):
         found = count(Transformer(config))
         layers = torch.nn.Transformer(
-            config.d_model, config.heads, config.layers, config.layers, config.d_ff
+            config.d_model, config.heads, config.layers, config.layers, config.d_ff, batch_first=True
         )
     assert found == count(layers) - 4 * config.d_model + config.vocab_size * config.d_model
     # Table 3, rounded there, of a vocabulary of "about 37000 tokens".
@@ -211,7 +211,7 @@ def train(model: torch.nn.Module, loss, seed: int) -> list[float]:
         value = loss(model)
         value.backward()
         optimizer.step()
-        losses.append(float(value))
+        losses.append(value.item())
     return losses
 
 
