@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fusedformer.benchmarks import (
     bench_options,
+    bench_page,
     bench_tables,
     ceilings,
     document,
@@ -94,6 +95,20 @@ def _measure(runner: Runner, options: Options, held: Document) -> None:
             held.save()
 
 
+def _write(options: Options, held: Document) -> list[Path]:
+    """The page and the charts beside the result file."""
+    written = [options.json, options.page]
+    options.page.write_text(bench_page.html(held.data), encoding="utf-8")
+    try:
+        from fusedformer.benchmarks import bench_charts
+    except ImportError:
+        print("Left out: the charts (matplotlib is not installed)", file=sys.stderr)
+        return written
+    if bench_charts.png(held.data, bench_page.setting(held.data), options.plot):
+        written.append(options.plot)
+    return written
+
+
 def _show(options: Options, held: Document) -> None:
     if options.csv == "-":
         print(bench_tables.csv_text(held.data, options.metrics), end="")
@@ -102,7 +117,8 @@ def _show(options: Options, held: Document) -> None:
         if options.csv:
             text = bench_tables.csv_text(held.data, options.metrics)
             Path(options.csv).write_text(text, encoding="utf-8")
-    said = f"{held.data['seconds']:.0f} s. Written: {options.json}"
+    written = ", ".join(map(str, _write(options, held)))
+    said = f"{held.data['seconds']:.0f} s. Written: {written}"
     if held.data["state"] == CUT:
         said += f". Interrupted: --resume --json {options.json} goes on"
     print(said, file=sys.stderr)

@@ -13,13 +13,14 @@ from fusedformer.benchmarks.tables import Table, number
 def _speed(found: "dict[str, float] | None") -> str:
     if found is None:
         return "—"
-    text = f"{_times(found['median'])}x"
+    text = f"{times(found['median'])}x"
     if found["p20"] != found["p80"]:
-        text += f" ({_times(found['p20'])} to {_times(found['p80'])})"
+        text += f" ({times(found['p20'])} to {times(found['p80'])})"
     return text
 
 
-def _times(value: float) -> str:
+def times(value: float) -> str:
+    """A ratio, without its "x"."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

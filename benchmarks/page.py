@@ -1,8 +1,8 @@
-"""A profile as one self-contained HTML page: no script, no network, light and dark, any width."""
+"""One self-contained HTML page of a result: no script, no network, light and dark, any width."""
 
+from collections.abc import Iterable
 from html import escape
 
-from fusedformer.benchmarks import tables
 from fusedformer.benchmarks.tables import Table
 
 _STYLE = """
@@ -39,12 +39,15 @@ details { margin: 0 0 .5rem; } summary { cursor: pointer; padding: .3rem 0; }
   overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+.charts.wide { grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); }
 @media (max-width: 40rem) { table { font-size: .75rem; }
   th, td { padding: .3rem .35rem; white-space: normal; } }
 """
 
 _FACTS = (
     ("device_name", "device"),
+    ("driver", "driver"),
+    ("cuda", "CUDA"),
     ("threads", "CPU threads"),
     ("cpu_capability", "CPU instructions"),
     ("system", "system"),
@@ -56,59 +59,74 @@ _FACTS = (
 )
 
 
-def page(document: dict) -> str:
-    """The whole page; without matplotlib it has no charts, and says so."""
-    options, environment = document["options"], document["environment"]
-    interrupted = document["state"] != "complete"
-    parts = [
-        "<h1>How attention's cost grows with its lengths</h1>",
-        f'<p class="soft">{escape(setting(document))}. {escape(_when(document))}</p>',
-        '<p class="state">Interrupted: what was measured up to then.</p>' if interrupted else "",
-        f'<p class="state">{escape(warning)}</p>' if (warning := busy(document)) else "",
-        f"<p>{escape(reading(document))}</p>",
-        *(_table(table) for table in tables.text(document)),
-        *(_table(table) for table in tables.exponents(document, "seq")),
-        _charts(document["rows"]),
-        *(_table(table) for table in tables.exponents(document, "head_dim")),
-        "<h2>All measurements</h2>",
-        *(
-            f"<details><summary>{escape(table.caption)}</summary>{_table(table)}</details>"
-            for table in (
-                *tables.measurements(document, "seq"),
-                *tables.measurements(document, "head_dim"),
-                *tables.errors(document),
-            )
-        ),
-        "<h2>How it was measured</h2>",
-        *(f"<p>{escape(line)}</p>" for line in method(document)),
-        "<dl>",
-        *(
-            f"<dt>{name}</dt><dd>{escape(str(environment[key]))}</dd>"
-            for key, name in _FACTS
-            if environment.get(key) is not None
-        ),
-        f"<dt>options</dt><dd>{escape(_listed(options))}</dd>",
-        "</dl>",
-    ]
+def page(title: str, parts: Iterable[str]) -> str:
+    """The whole page: a title for the browser, and parts of HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>Attention profile: {escape(environment['device_name'])}</title>\n"
+        f"<title>{escape(title)}</title>\n"
         f"<style>{_STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(parts)
+        + "\n".join(filter(None, parts))
         + "\n</main></body></html>\n"
     )
 
 
-def setting(document: dict) -> str:
-    """One line: what was measured on what."""
-    options, environment = document["options"], document["environment"]
-    threads = f", {environment['threads']} threads" if environment["device"] == "cpu" else ""
+def heading(title: str, said: str, document: dict) -> list[str]:
+    """The title, what was measured on what and when, and what a reader must know first."""
+    created = document["created"][:16].replace("T", " ") + " UTC"
+    warning = busy(document)
+    return [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(said)}. {created}</p>',
+        '<p class="state">Interrupted: what was measured up to then.</p>'
+        if document["state"] != "complete"
+        else "",
+        f'<p class="state">{escape(warning)}</p>' if warning else "",
+    ]
+
+
+def paragraphs(lines: Iterable[str]) -> list[str]:
+    """Each line as a paragraph."""
+    return [f"<p>{escape(line)}</p>" for line in lines]
+
+
+def folded(tables: Iterable[Table]) -> list[str]:
+    """Tables that open at a click on their caption."""
+    return [
+        f"<details><summary>{escape(held.caption)}</summary>{table(held)}</details>"
+        for held in tables
+    ]
+
+
+def figures(title: str, drawn: Iterable[tuple[str, str]], wide: bool = False) -> str:
+    """A section of charts, each (what it shows, its <svg>); "" without any."""
+    held = [
+        f'<figure role="img" aria-label="{escape(about)}; the tables hold its numbers">{svg}'
+        "</figure>"
+        for about, svg in drawn
+    ]
+    if not held:
+        return ""
+    kind = "charts wide" if wide else "charts"
+    return f'<h2>{escape(title)}</h2><div class="{kind}">{"".join(held)}</div>'
+
+
+def facts(document: dict) -> str:
+    """Environment and options as a list."""
+    environment = document["environment"]
+    options = {
+        name: " ".join(map(str, held)) if isinstance(held, list) else held
+        for name, held in document["options"].items()
+        if held not in (None, "")
+    }
+    listed = ", ".join(f"{name} {held}" for name, held in options.items())
+    rows = [(name, environment[key]) for key, name in _FACTS if environment.get(key) is not None]
+    rows.append(("options", listed))
     return (
-        f"{environment['device_name']}{threads}, PyTorch {environment['torch']}; "
-        f"{options['dtype']}, batch {options['batch']}, {options['heads']} heads, "
-        f"head dimension {options['head_dim']}"
+        "<dl>"
+        + "".join(f"<dt>{name}</dt><dd>{escape(str(held))}</dd>" for name, held in rows)
+        + "</dl>"
     )
 
 
@@ -124,86 +142,26 @@ def busy(document: dict) -> "str | None":
     )
 
 
-def reading(document: dict) -> str:
-    """How to read the charts."""
-    fused = {r["backend"] for r in document["rows"] if r["impl"] == "fused"}
-    note = ""
-    if "reference" in fused:
-        note = (
-            " No fused backend ran every point here: rows called “reference (not fused)” are this "
-            "project's formulas in PyTorch's own ops, which exist to be right, not fast."
-        )
-    return (
-        "Both axes are logarithmic, so that a cost of N to the power k is a straight line of "
-        "slope k: each doubling of the length multiplies it by 2^k." + note
-    )
-
-
-def method(document: dict) -> list[str]:
-    """How times, memory and exponents came about."""
-    gpu = document["environment"]["device"] == "cuda"
-    clock = "CUDA events, from a cold L2 cache" if gpu else "wall clock"
-    return [
-        f"Time: {clock}; random inputs; implementations take turns within each round; the table "
-        "shows medians. Every point is measured once, then again in further passes while time is "
-        "left; the JSON file holds every sample, with the 20/80 percentiles.",
-        f"Memory: {document['memory_method']}; forward with backward, beyond the inputs.",
-        "Exponents: least squares on the logarithms of at least five points that each take over "
-        "1 ms (memory: over 1 MiB); the range is the 95% confidence interval of the slope.",
-        f"The run took {document['seconds']:.0f} s of a budget of "
-        f"{document['options']['budget']:g} s.",
-    ]
-
-
-def _charts(rows: list[dict]) -> str:
-    try:
-        from fusedformer.benchmarks import charts
-    except ImportError:
-        return '<p class="state">No charts: matplotlib is not installed.</p>'
-    parts = []
-    for sweep, title in (("seq", "Over sequence length"), ("head_dim", "Over head dimension")):
-        shown = [panel for panel in charts.panels(rows) if panel.sweep == sweep]
-        figures = [
-            f'<figure role="img" aria-label="{escape(panel.title)}, {title.lower()}; '
-            f'the tables below hold its numbers">{charts.svg(panel, rows)}</figure>'
-            for panel in shown
-        ]
-        if figures:
-            parts.append(f'<h2>{title}</h2><div class="charts">{"".join(figures)}</div>')
-    return "\n".join(parts)
-
-
-def _table(table: Table) -> str:
-    texts = {i for i, _ in enumerate(table.head) if table.wordy(i)}
+def table(held: Table) -> str:
+    """A table with its notes; it scrolls by itself where it is too wide."""
+    texts = {i for i, _ in enumerate(held.head) if held.wordy(i)}
 
     def cell(i: int, content: str, tag: str, scope: str = "") -> str:
         kind = ' class="text"' if i in texts else ""
         return f"<{tag}{scope}{kind}>{escape(content)}</{tag}>"
 
-    head = "".join(cell(i, name, "th", ' scope="col"') for i, name in enumerate(table.head))
+    head = "".join(cell(i, name, "th", ' scope="col"') for i, name in enumerate(held.head))
     body = "".join(
         "<tr>"
         + cell(0, row[0], "th", ' scope="row"')
         + "".join(cell(i, content, "td") for i, content in enumerate(row[1:], 1))
         + "</tr>"
-        for row in table.rows
+        for row in held.rows
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
-    caption = escape(table.caption)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in held.notes)
+    caption = escape(held.caption)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
         f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         + (f'<ul class="notes">{notes}</ul>' if notes else "")
     )
-
-
-def _when(document: dict) -> str:
-    return document["created"][:16].replace("T", " ") + " UTC"
-
-
-def _listed(options: dict) -> str:
-    values = {
-        name: " ".join(map(str, held)) if isinstance(held, list) else held
-        for name, held in options.items()
-    }
-    return ", ".join(f"{name} {held}" for name, held in values.items())

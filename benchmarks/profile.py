@@ -10,7 +10,16 @@ import time
 from pathlib import Path
 
 from fusedformer.benchmarks import options as options_module
-from fusedformer.benchmarks import page, points, providers, results, tables, terminal, workers
+from fusedformer.benchmarks import (
+    page,
+    points,
+    profile_page,
+    providers,
+    results,
+    tables,
+    terminal,
+    workers,
+)
 from fusedformer.benchmarks.document import COMPLETE, CUT, Document
 from fusedformer.benchmarks.options import Options
 from fusedformer.benchmarks.sweep import PASSES, Point, Sweep
@@ -48,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             environment.value,
             options.text.as_dict() if options.text else None,
         )
-        print(page.setting(document.data), flush=True)
+        print(profile_page.setting(document.data), flush=True)
         if warning := page.busy(document.data):
             print(warning, flush=True)
         if options.text:
@@ -127,16 +136,16 @@ def _write(document: Document, folder: Path) -> list[Path]:
     data, left_out = document.data, document.data["left_out"]
     written = [document.path]
     try:
-        from fusedformer.benchmarks import charts
+        from fusedformer.benchmarks import profile_charts
     except ImportError:
         left_out.append("the PNG chart and the page's charts (matplotlib is not installed)")
     else:
         if data["rows"]:  # an interrupt may come before the first
-            charts.png(data["rows"], page.setting(data), folder / "attention.png")
+            profile_charts.png(data["rows"], profile_page.setting(data), folder / "attention.png")
             written.append(folder / "attention.png")
     if not terminal.HAS_RICH:
         left_out.append("the progress bar and ruled tables (rich is not installed)")
-    (folder / "attention.html").write_text(page.page(data), encoding="utf-8")
+    (folder / "attention.html").write_text(profile_page.html(data), encoding="utf-8")
     written.append(folder / "attention.html")
     document.save()
     return written

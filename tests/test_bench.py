@@ -303,7 +303,8 @@ def here(monkeypatch):
     environment = points.describe("cpu")
     monkeypatch.setattr(runner, "Workers", lambda fresh, env: Inline())
     monkeypatch.setattr(points, "describe", lambda device: dict(environment))
-    monkeypatch.setattr(ceilings, "measure", lambda device: {"copy_gbps": 1.0})
+    found = {"copy_gbps": 9.0, "matmul_tflops": {"fp32": 0.5, "fp16": None}, "call_us": 1.0}
+    monkeypatch.setattr(ceilings, "measure", lambda device: found)
     return environment
 
 

@@ -236,10 +236,11 @@ def test_terminal(tmp_path, capsys):
 
 def test_without_matplotlib_and_rich(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "fusedformer.benchmarks.charts", raising=False)
     from fusedformer import benchmarks
 
-    monkeypatch.delattr(benchmarks, "charts", raising=False)
+    for name in ("charts", "profile_charts"):
+        monkeypatch.delitem(sys.modules, f"fusedformer.benchmarks.{name}", raising=False)
+        monkeypatch.delattr(benchmarks, name, raising=False)
     monkeypatch.setattr(terminal, "HAS_RICH", False)
     found = run(tmp_path, *PLAIN)
     assert not (tmp_path / "attention.png").exists()

@@ -1,0 +1,83 @@
+"""The charts of an attention profile: time and memory of each variant, over length and dimension.
+
+Raises ImportError on import where matplotlib is absent.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from fusedformer.benchmarks import charts, results
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: "time" or "memory" of one variant of one sweep."""
+
+    sweep: str
+    what: str
+    causal: bool
+    dropout_p: float
+
+    @property
+    def title(self) -> str:
+        """Such as "Time: causal, dropout 0.1"."""
+        return f"{self.what.capitalize()}: {results.variant_label(self.causal, self.dropout_p)}"
+
+
+def panels(rows: list[dict]) -> list[Panel]:
+    """The panels that a document's rows fill: times first, then memory, sweep by sweep."""
+    return [
+        Panel(sweep, what, causal, dropout_p)
+        for sweep in ("seq", "head_dim")
+        for what in ("time", "memory")
+        for causal, dropout_p in results.variants(rows, sweep)
+    ]
+
+
+# What a panel draws: quantity -> line style.
+_LINES = {
+    "time": {"forward_ms": "-", "backward_ms": "--"},
+    "memory": {"training_bytes": "-"},
+}
+
+_UNITS = {
+    "time": "milliseconds (dashed: backward)",
+    "memory": "peak MiB, beyond the inputs",
+}
+
+
+def draw(axes: Axes, ink: str, panel: Panel, rows: list[dict]) -> None:
+    """Draws one panel in the text colour ``ink``."""
+    sweep = panel.sweep
+    xs = sorted({row[sweep] for row in rows if row["sweep"] == sweep})
+    for (impl, causal, dropout_p), members in results.series(rows, sweep).items():
+        if (causal, dropout_p) != (panel.causal, panel.dropout_p):
+            continue
+        colour, marker = charts.style(impl)
+        for quantity, dashes in _LINES[panel.what].items():
+            known = [(r[sweep], y) for r in members if (y := results.value(r, quantity))]
+            if not known:
+                continue
+            name = results.series_label(members) if dashes == "-" else None
+            axes.plot(
+                *zip(*known, strict=True), dashes, color=colour, marker=marker, ms=5, lw=1.8,
+                markerfacecolor=colour if dashes == "-" else "none", label=name,
+            )  # fmt: skip
+    x_label = "sequence length N" if sweep == "seq" else "head dimension d"
+    charts.log_log(axes, xs, x_label, _UNITS[panel.what], ink)
+    charts.finish(axes, panel.title, ink)
+
+
+def png(rows: list[dict], heading: str, path: Path) -> None:
+    """All panels on one white sheet."""
+    draws = [functools.partial(draw, panel=panel, rows=rows) for panel in panels(rows)]
+    charts.png(draws, heading, path)
+
+
+def svg(panel: Panel, rows: list[dict]) -> str:
+    """One panel as an <svg> element."""
+    mark = f"{panel.sweep}-{panel.what}-{panel.causal:d}-{panel.dropout_p:g}-".replace(".", "_")
+    return charts.svg(functools.partial(draw, panel=panel, rows=rows), mark)
