@@ -54,8 +54,9 @@ def test_parameter_counts_of_the_paper(preset, millions):
     with torch.device("meta"):
         found = count(Transformer(config))
         layers = torch.nn.Transformer(
-            config.d_model, config.heads, config.layers, config.layers, config.d_ff, batch_first=True
-        )
+            config.d_model, config.heads, config.layers, config.layers, config.d_ff,
+            batch_first=True,
+        )  # fmt: skip
     assert found == count(layers) - 4 * config.d_model + config.vocab_size * config.d_model
     # Table 3, rounded there, of a vocabulary of "about 37000 tokens".
     assert found == pytest.approx(millions * 1e6, rel=0.05)
