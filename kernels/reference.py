@@ -27,6 +27,10 @@ def attention_unsupported(*args: object) -> "str | None":
     return None
 
 
+dropout_unsupported = dropout_add_layer_norm_unsupported = attention_unsupported
+bias_activation_unsupported = cross_entropy_unsupported = attention_unsupported
+
+
 def attention_hidden(
     query: Tensor,
     key: Tensor,
@@ -174,9 +178,6 @@ def _dropped_rows(tensor: Tensor, seed: "Tensor | None", p: float, tag: int) -> 
     return torch.where(keep, tensor / (1 - p), 0)
 
 
-dropout_unsupported = attention_unsupported
-
-
 def dropout_fwd(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x o keep / (1 - p)."""
     out = _dropped_rows(x.to(_compute_dtype(x)), seed, p, rng.DROPOUT)
@@ -189,9 +190,6 @@ def dropout_bwd(grad_out: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 # --- Dropout + add + layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019) --------------
-
-
-dropout_add_layer_norm_unsupported = attention_unsupported
 
 
 def _norm_operand(
@@ -309,9 +307,6 @@ def _biased(x: Tensor, bias: "Tensor | None") -> Tensor:
     return z if bias is None else z + bias
 
 
-bias_activation_unsupported = attention_unsupported
-
-
 def bias_activation_fwd(
     x: Tensor, bias: "Tensor | None", seed: "Tensor | None", activation: str, dropout_p: float
 ) -> Tensor:
@@ -340,9 +335,6 @@ def bias_activation_bwd(
 
 
 # --- Cross-entropy with label smoothing (Szegedy et al. 2016) and class weights -------------------
-
-
-cross_entropy_unsupported = attention_unsupported
 
 
 def _targets(
