@@ -188,7 +188,7 @@ def test_resumed_is_uninterrupted(tmp_path, whole_run, until):
     assert_same_run(tmp_path, whole_run)
 
 
-def test_interrupted_saves_and_resumes(tmp_path, whole_run):
+def test_interrupted_saves_and_resumes(tmp_path, whole_run, capsys):
     first = trainer(tmp_path)
     train_step = first.train_step
 
@@ -201,6 +201,7 @@ def test_interrupted_saves_and_resumes(tmp_path, whole_run):
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert checkpoint.steps(tmp_path)[-1].name == "step-00000005"
+    assert "interrupted after step 5, which is saved" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     trainer(tmp_path).run()
     assert_same_run(tmp_path, whole_run)

@@ -74,7 +74,8 @@ def draw_losses(folder: Path, baselines: "dict[str, float] | None" = None) -> bo
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*zip(*training, strict=True), label="training (dropout, label smoothing)", linewidth=1)
+    label = "training (dropout, label smoothing)"
+    axes.plot(*zip(*training, strict=True), label=label, linewidth=1)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out", markersize=3)
     for name, value in (baselines or {}).items():

@@ -156,6 +156,8 @@ class Trainer:
                         draw_losses(self.folder)
                 # Metrics are of training alone.
                 self._since += time.perf_counter() - paused
+            if self._stop:
+                progress.say(f"interrupted after step {self.step}, which is saved: resume goes on")
         if self._stop:
             raise KeyboardInterrupt
 
