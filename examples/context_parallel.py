@@ -54,22 +54,8 @@ class Model(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--attention", choices=("ring", "ulysses"), default="ring")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of the whole sequence")
-    parser.add_argument("--vocabulary", type=int, default=64)
-    parser.add_argument("--dropout", type=float, default=0.1, help="of attention's probabilities")
-    parser.add_argument("--steps", type=int, default=10)
-    args = parser.parse_args()
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def train(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(0)  # so that all make the same sequence and draw alike
-
     model = Model(args).to(device)
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -86,7 +72,24 @@ def main() -> None:
         dist.all_reduce(mean)
         if dist.get_rank() == 0:
             print(f"step {step}  loss {mean:.5f}")
-    dist.barrier()  # no one leaves while another still reads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--attention", choices=("ring", "ulysses"), default="ring")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of the whole sequence")
+    parser.add_argument("--vocabulary", type=int, default=64)
+    parser.add_argument("--dropout", type=float, default=0.1, help="of attention's probabilities")
+    parser.add_argument("--steps", type=int, default=10)
+    args = parser.parse_args()
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    train(args, device)
+    # All that holds the group, DDP above all, is gone by now; else gloo may never let go of it.
     dist.destroy_process_group()
 
 

@@ -115,11 +115,13 @@ class _RingAttention(torch.autograd.Function):
         pair = torch.stack((key, value))  # (2, B, Hkv, Nk, D), which travels as one
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         # In (B, Nq, H, D) memory order, as attention()'s.
-        out = torch.zeros_like(query.transpose(1, 2), dtype=dtype).transpose(1, 2)
+        batch, heads, length, dim = query.shape
+        out = query.new_zeros(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
         lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
         for owner, there in ring.round(pair):
-            for q, k, *place in ring.blocks(query.shape[2], key.shape[2], owner):
-                args = ring.arguments(query[:, :, q], there[:, :, :, k], lengths, seed, *place)
+            for q, k, diagonal, offsets in ring.blocks(query.shape[2], key.shape[2], owner):
+                tensors = query[:, :, q], there[:, :, :, k]
+                args = ring.arguments(*tensors, lengths, seed, diagonal, offsets)
                 block = torch.ops.fusedformer.attention_fwd.default(*args, ring.backend)
                 _merge(out[:, :, q], lse[:, :, q], *block)
         out = out.to(query.dtype)
@@ -133,11 +135,13 @@ class _RingAttention(torch.autograd.Function):
         query, pair, lengths, seed, out, lse = ctx.saved_tensors
         ring = ctx.ring
         grad_query = torch.zeros_like(query, dtype=lse.dtype)
-        grad_pair, works = torch.zeros_like(pair, dtype=lse.dtype), []
+        grad_pair = torch.zeros_like(pair, dtype=lse.dtype)
+        works: list[Any] = []
         for owner, there in ring.round(pair):
             own = torch.zeros_like(grad_pair)
-            for q, k, *place in ring.blocks(query.shape[2], pair.shape[3], owner):
-                args = ring.arguments(query[:, :, q], there[:, :, :, k], lengths, seed, *place)
+            for q, k, diagonal, offsets in ring.blocks(query.shape[2], pair.shape[3], owner):
+                tensors = query[:, :, q], there[:, :, :, k]
+                args = ring.arguments(*tensors, lengths, seed, diagonal, offsets)
                 block_query, *block_pair, _ = torch.ops.fusedformer.attention_bwd.default(
                     grad_out[:, :, q], None, out[:, :, q], lse[:, :, q], *args, False, ring.backend
                 )

@@ -43,7 +43,7 @@ class HeadwiseParallel(ParallelStyle):
             )
         if module.bias_k is not None or module.add_zero_attn:
             raise ValueError("HeadwiseParallel: add_bias_kv and add_zero_attn are not supported")
-        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+        weights: list[Any] = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
         if module.in_proj_weight is not None:
             weights = list(module.in_proj_weight.chunk(3))
             module.register_parameter("in_proj_weight", None)
