@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import platform
 import textwrap
@@ -33,6 +34,7 @@ def examine() -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "versions": _versions(),
         "native": _native(),
+        "transformers": _transformers(),
         "devices": devices,
         "ops": [_op(op, device["name"]) for device in devices for op in dispatch.OPS],
     }
@@ -64,6 +66,15 @@ def _native() -> dict[str, str | None]:
     """The C++ library of the CPU backend (built, if it is not), or why there is none."""
     module = dispatch.load("cpu", next(iter(dispatch.OPS)))
     return {"library": None, "error": "it cannot be imported"} if module is None else module.about()
+
+
+def _transformers() -> dict[str, str | None]:
+    """Hugging Face transformers, which is not imported for this."""
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return {"version": None, "sliding_window": None}
+    return {"version": version, "sliding_window": "as a mask"}
 
 
 def _cpu_model() -> str:
@@ -140,6 +151,10 @@ def text(report: dict[str, Any]) -> str:
         f"triton      {triton}",
         *_wrapped(f"native      {_native_text(report['native'])}", ""),
     ]
+    transformers = report["transformers"]
+    if transformers["version"]:
+        window = f"attention with a sliding window runs {transformers['sliding_window']}"
+        lines += _wrapped(f"hf          transformers {transformers['version']}; {window}", "")
     for device in report["devices"]:
         lines += ["", f"{device['name']}: {device['model']} ({device['capability']})"]
         alike: dict[tuple[str, ...], list[str]] = {}
