@@ -5,17 +5,22 @@ against float64. docs/benchmarks.md has the method, docs/result-schema.md the re
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fusedformer.benchmarks import (
+    base,
     bench_options,
     bench_page,
     bench_tables,
     ceilings,
+    compare,
     document,
     entries,
     points,
+    readme,
     suites,
     terminal,
     workers,
@@ -30,25 +35,32 @@ from fusedformer.benchmarks.tables import Table
 
 KIND = "bench"
 INTERRUPTED = 130
+ACTIONS = {"compare": compare, "readme": readme}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Adds the options, and the actions that measure nothing."""
     bench_options.add_options(parser)
+    actions = parser.add_subparsers(dest="action", metavar="[compare A.json B.json | readme]")
+    for name, module in ACTIONS.items():
+        about = (module.__doc__ or "").partition("\n")[0]
+        module.configure(actions.add_parser(name, help=about, description=about))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures what the options ask for; returns the exit code.
+    """Measures what the options ask for, or does an action; returns the exit code.
 
     Raises:
         ValueError: an option is wrong; the text is one sentence that names it.
     """
+    if args.action:
+        return ACTIONS[args.action].run(args)
     if args.list:
         return _list(device_of(args.device))
     options = bench_options.parse(args)
     for path in (options.json, options.plot):
         make_folder(path.parent)
-    with Runner(options.device, options.limits) as runner:
+    with _runner(options) as runner:
         held = _document(options, runner)
         said = held.data["environment"]
         print(f"{said['device_name']}, PyTorch {said['torch']}", file=sys.stderr, flush=True)
@@ -61,6 +73,19 @@ def run(args: argparse.Namespace) -> int:
     held.finish(state)
     _show(options, held)
     return INTERRUPTED if state == CUT else 0
+
+
+@contextlib.contextmanager
+def _runner(options: Options) -> Iterator[Runner]:
+    if options.base is None:
+        with Runner(options.device, options.limits) as runner:
+            yield runner
+        return
+    with (
+        base.worktree(options.base) as (folder, name),
+        base.BaseRunner(options.device, options.limits) as runner,
+    ):
+        yield runner.against(folder, name)
 
 
 def _document(options: Options, runner: Runner) -> Document:

@@ -16,6 +16,7 @@ from fusedformer.benchmarks.ops.registry import OPS
 
 # A slope is fitted where there are so many sizes; fewer would give a line, not a law.
 _FITTED_POINTS = 4
+_LEAST_POINTS = 3  # of a line
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,16 @@ class Series:
         return fit.power_law(*zip(*self.points, strict=True))
 
 
+# The field that a suite may let fall while the size grows, so that their product stays the same.
+_TRADED = {"width": "rows", "seq": "batch", "vocab": "rows"}
+
+
 def groups(document: dict) -> "dict[tuple, dict[str, Series]]":
-    """Series by what stays the same: op, mode, quantity, and every field but the op's size."""
+    """Series by what stays the same: op, mode, quantity, and every field but the op's size.
+
+    Or every field but it and one other, whose product with it stays the same: as many elements,
+    or tokens, at each size.
+    """
     found: dict[tuple, dict[str, Series]] = {}
     for row in document["rows"]:
         if row["status"] != workers.OK or row["quantity"] not in (TIME, MEMORY, WORKSPACE):
@@ -128,18 +137,20 @@ def groups(document: dict) -> "dict[tuple, dict[str, Series]]":
         cost = metrics.memory(row) if row["quantity"] != TIME else row["ms"]["median"]
         if not cost:
             continue
-        x = OPS[row["op"]].x
-        # A suite may keep elements, or tokens, the same: wider rows are then fewer.
-        changing = {x, {"width": "rows", "seq": "batch"}.get(x)}
-        same = tuple((name, held) for name, held in row["case"].items() if name not in changing)
-        key = (row["op"], row["mode"], row["quantity"], row["isa"], same)
-        series = found.setdefault(key, {})
-        held = series.setdefault(row["impl"], Series(row["impl"], row["label"]))
-        held.points.append((row["case"][x], cost if row["quantity"] == TIME else cost / 2**20))
+        x, case = OPS[row["op"]].x, row["case"]
+        traded = _TRADED[x]
+        fields = {name: held for name, held in case.items() if name != x}
+        product = fields | {traded: f"{case[traded] * case[x]} in all"}
+        for same in (fields, product):
+            key = (row["op"], row["mode"], row["quantity"], row["isa"], tuple(same.items()))
+            held = found.setdefault(key, {}).setdefault(
+                row["impl"], Series(row["impl"], row["label"])
+            )
+            held.points.append((case[x], cost if row["quantity"] == TIME else cost / 2**20))
     return {
         key: series
         for key, series in found.items()
-        if max(len(held.points) for held in series.values()) >= 3
+        if max(len(set(held.points)) for held in series.values()) >= _LEAST_POINTS
     }
 
 

@@ -64,6 +64,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--min-rounds", default="3", help="at least so many rounds (3)")
     how.add_argument("--max-rounds", default="30", help="at most so many rounds (30)")
     how.add_argument("--timeout", default="300", help="seconds that one call of a worker may take")
+    how.add_argument(
+        "--base", metavar="COMMIT", help="beside another commit instead, in a worktree"
+    )
     how.add_argument("--budget", metavar="SECONDS", help="for all; what is left says so (none)")
     out = parser.add_argument_group("output")
     out.add_argument("--out", metavar="DIR", default="bench", help="where the files go (bench)")
@@ -91,6 +94,7 @@ class Options:
     csv: str
     metrics: tuple[str, ...]
     resume: bool
+    base: str | None
     said: dict
 
 
@@ -122,7 +126,9 @@ def parse(args: argparse.Namespace) -> Options:
         csv=args.csv or "",
         metrics=_listed("--metrics", args.metrics, tuple(metrics.METRICS)) or metrics.DEFAULT,
         resume=args.resume,
+        base=args.base,
         said={
+            "base": args.base,
             "suite": args.suite,
             "op": args.op,
             "quick": args.quick,

@@ -10,7 +10,8 @@ from fusedformer.benchmarks.runner import NOT_HERE
 from fusedformer.benchmarks.tables import Table, number
 
 
-def _speed(found: "dict[str, float] | None") -> str:
+def speed(found: "dict[str, float] | None") -> str:
+    """A ratio with its range."""
     if found is None:
         return "—"
     text = f"{times(found['median'])}x"
@@ -24,7 +25,8 @@ def times(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _cost(row: "dict | None") -> str:
+def cost(row: "dict | None") -> str:
+    """What a row is about, or why it was not measured."""
     if row is None:
         return "—"
     if row["status"] != workers.OK:
@@ -54,7 +56,7 @@ def reach(document: dict) -> list[Table]:
             continue
         base = members.get(ours["baseline"])
         found = metrics.ratio(ours, base) if base is not ours else None
-        line = [ours["title"], _cost(base), _cost(ours), _speed(found)]
+        line = [ours["title"], cost(base), cost(ours), speed(found)]
         for goal in ours["goals"] or [None]:
             body.append(line + (_goal(goal, ours, document) if goal else [""] * 4))
             line = ["", "", "", ""]

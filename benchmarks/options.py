@@ -201,6 +201,11 @@ def wholes(option: str, got: str, high: "int | None" = None) -> tuple[int, ...]:
     return tuple(sorted(values))
 
 
+def names_with_commas(got: str) -> tuple[str, ...]:
+    """The names of an option, not checked."""
+    return tuple(part.strip() for part in got.split(","))
+
+
 def probabilities(option: str, got: str) -> tuple[float, ...]:
     """Numbers from 0 to below 1 with commas between them, sorted, each once."""
     try:
@@ -215,7 +220,7 @@ def probabilities(option: str, got: str) -> tuple[float, ...]:
 
 
 def _names(got: str) -> tuple[str, ...]:
-    names = [part.strip() for part in got.split(",")]
+    names = names_with_commas(got)
     if unknown := [name for name in names if name not in providers.IMPLS]:
         raise ValueError(
             f"--impl got {unknown[0]!r}; it wants some of {', '.join(providers.IMPLS)}, with commas"

@@ -97,7 +97,7 @@ class Runner:
         """The rows of one entry."""
         op = OPS[entry.op]
         names = list(entry.impls or op.impls)
-        rows = {name: _row(entry, name) for name in names}
+        rows = {name: new_row(entry, name) for name in names}
         if self.left() <= 0:
             return _end(rows, Outcome(OVER_BUDGET, reason="the budget was spent before"))
         looked = self._call(entry, measure.look, entry.op, names, entry.case)
@@ -154,7 +154,8 @@ class Runner:
                 row |= {"status": outcome.status, "reason": outcome.reason}
 
 
-def _row(entry: Entry, name: str) -> dict:
+def new_row(entry: Entry, name: str) -> dict:
+    """The row of an implementation before anything was measured."""
     op = OPS[entry.op]
     return {
         "key": entry.key(),

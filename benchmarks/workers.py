@@ -6,12 +6,15 @@ be used across a fork and its start is slow: there, one spawned process serves a
 replaced when it dies.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,12 +74,17 @@ class Workers:
         fresh: a new process for every call; else one for all calls.
         env: environment variables that libraries read when they are loaded; such processes are
             started anew, never forked.
+        root: a checkout that they import fusedformer from; None is that of this process.
     """
 
-    def __init__(self, fresh: bool, env: "dict[str, str] | None" = None) -> None:
+    def __init__(
+        self, fresh: bool, env: "dict[str, str] | None" = None, root: "Path | None" = None
+    ) -> None:
         self._fresh = fresh
         self._env = env or {}
-        forks = fresh and not env and "forkserver" in multiprocessing.get_all_start_methods()
+        self._root = root
+        can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+        forks = fresh and not env and root is None and can_fork
         self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             self._context.set_forkserver_preload(_PRELOAD)
@@ -93,17 +101,26 @@ class Workers:
         self._connection, theirs = self._context.Pipe()
         # Not daemonic: torch.compile has processes of its own.
         self._process = self._context.Process(target=_serve, args=(theirs,))
-        before = {name: os.environ.get(name) for name in self._env}
-        os.environ.update(self._env)
-        try:
+        with self._passed_on():
             self._process.start()
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
         theirs.close()
+
+    @contextlib.contextmanager
+    def _passed_on(self) -> Iterator[None]:
+        """Within the block, this process has the environment and path that a new one takes over."""
+        before, path = dict(os.environ), list(sys.path)
+        os.environ.update(self._env)
+        if self._root is not None:
+            sys.path.insert(0, str(self._root))
+        try:
+            yield
+        finally:
+            for name in self._env:
+                if name in before:
+                    os.environ[name] = before[name]
+                else:
+                    del os.environ[name]
+            sys.path[:] = path
 
     def _end(self) -> None:
         if self._process is None:

@@ -1,8 +1,9 @@
-"""Stands in for worker processes: runs calls here, or fails as a process would."""
+"""Stands in for worker processes, and rows as they would have measured them."""
 
 import contextlib
 
 from fusedformer.benchmarks import workers
+from fusedformer.benchmarks.ops import attention
 from fusedformer.benchmarks.workers import Outcome
 
 
@@ -28,3 +29,17 @@ class Inline(contextlib.nullcontext):
             return Outcome(workers.OK, function(*args))
         except Exception as error:
             return workers.failure(error)
+
+
+def row(impl, samples=None, **more):
+    """A row of a small attention problem, with these milliseconds."""
+    held = {
+        "key": "k", "title": "t", "op": "attention", "mode": "fwd", "quantity": "time",
+        "isa": None, "case": attention.Case(1, 2, 16, 8).as_dict(), "baseline": "sdpa", "goals": [],
+        "flops": 2e9, "bytes": 1e6, "impl": impl, "label": impl, "version": None,
+        "status": workers.OK, "reason": "",
+    }  # fmt: skip
+    if samples:
+        held["ms"] = {"median": sorted(samples)[len(samples) // 2], "samples": samples}
+        held["ms"] |= {"p20": min(samples), "p80": max(samples)}
+    return held | more

@@ -2,7 +2,7 @@
 
 
 import pytest
-from bench_pools import Inline
+from bench_pools import Inline, row
 
 from fusedformer import cli
 from fusedformer.benchmarks import (
@@ -42,16 +42,16 @@ def measured(asked, failures=None, before=lambda function, args: None, limits=QU
 def test_rows():
     entry = Entry("attention", TINY, "fwd_bwd", impls=("fused", "sdpa", "plain"))
     found = measured([entry])
-    assert [row["impl"] for row in found] == ["fused", "sdpa", "plain"]
-    for row in found:
-        assert row["status"] == workers.OK
-        held = row["ms"]
-        assert 0 < held["p20"] <= held["median"] <= held["p80"]
-        assert len(held["samples"]) == 3
-        assert 0 < row["error"]["backward"] < 1e-5
-        assert row["flops"] == attention.flops(TINY, "fwd_bwd")
-        assert row["key"] == entry.key()
-    assert {row["key"] for row in measured([entry.at(mode="fwd")])} != {entry.key()}
+    assert [held["impl"] for held in found] == ["fused", "sdpa", "plain"]
+    for held in found:
+        assert held["status"] == workers.OK
+        ms = held["ms"]
+        assert 0 < ms["p20"] <= ms["median"] <= ms["p80"]
+        assert len(ms["samples"]) == 3
+        assert 0 < held["error"]["backward"] < 1e-5
+        assert held["flops"] == attention.flops(TINY, "fwd_bwd")
+        assert held["key"] == entry.key()
+    assert {held["key"] for held in measured([entry.at(mode="fwd")])} != {entry.key()}
 
 
 def test_models():
@@ -149,19 +149,6 @@ def test_rows_of_a_run_before_are_kept():
 
 
 # --- Metrics and tables ---------------------------------------------------------------------------
-
-
-def row(impl, samples=None, **more):
-    held = {
-        "key": "k", "title": "t", "op": "attention", "mode": "fwd", "quantity": "time",
-        "isa": None, "case": TINY.as_dict(), "baseline": "sdpa", "goals": [],
-        "flops": 2e9, "bytes": 1e6, "impl": impl, "label": impl, "version": None,
-        "status": workers.OK, "reason": "",
-    }  # fmt: skip
-    if samples:
-        held["ms"] = {"median": sorted(samples)[len(samples) // 2], "samples": samples}
-        held["ms"] |= {"p20": min(samples), "p80": max(samples)}
-    return held | more
 
 
 def test_ratio_is_of_rounds():

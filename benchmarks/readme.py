@@ -1,0 +1,92 @@
+"""``fusedformer bench readme``: the README's tables, made from result files.
+
+A table stands between two comments, `<!-- bench: NAME -->` and `<!-- end of bench -->`; NAME is a
+result file of benchmarks/results/ without ".json". Whatever is between them is replaced.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from fusedformer.benchmarks import bench_page, bench_tables, document, goals, metrics, workers
+from fusedformer.benchmarks.entries import RATIO
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+_PART = re.compile(r"(<!-- bench: ([\w.-]+) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--file", default=str(ROOT / "README.md"), help="the file (README.md)")
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the tables; with --check the exit code is 1 where that would change the file.
+
+    Raises:
+        ValueError: a table's result file is missing or is no bench result.
+    """
+    path = Path(args.file)
+    before = path.read_text(encoding="utf-8")
+    after = filled(before, RESULTS)
+    if before == after:
+        print(f"{path}: its tables are those of the result files.")
+        return 0
+    if args.check:
+        print(f"{path}: its tables are not those of the result files (fusedformer bench readme).")
+        return 1
+    path.write_text(after, encoding="utf-8")
+    print(f"{path}: written.")
+    return 0
+
+
+def filled(text: str, folder: Path) -> str:
+    """A text with each of its tables made anew from the result files of a folder."""
+
+    def part(match: re.Match) -> str:
+        data = document.read(folder / f"{match[2]}.json")
+        return f"{match[1]}{markdown(data, match[2])}\n{match[3]}"
+
+    return _PART.sub(part, text)
+
+
+def markdown(data: dict, name: str) -> str:
+    """The table of a result: each entry's costs, their ratio with its range, and both errors."""
+    lines = [
+        f"{bench_page.setting(data)}; {data['created'][:10]}, `benchmarks/results/{name}.json`.",
+        "",
+        "| | baseline | fusedformer | ratio (20 to 80%) | error: baseline | error: ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for members in bench_tables.entries(data["rows"]).values():
+        ours = members.get("fused")
+        if ours is None:
+            continue
+        base = members.get(ours["baseline"])
+        ratio = metrics.ratio(ours, base) if base is not ours else None
+        shown = bench_tables.speed(ratio)
+        shown += "".join(
+            f"; {goals.text(goal['kind'], goals.value(goal['kind'], ours, data))}"
+            for goal in ours["goals"]
+            if goal["kind"] != RATIO
+        )
+        ran = base["label"] if base and base["status"] == workers.OK else ours["baseline"]
+        cells = [
+            ours["title"],
+            f"{bench_tables.cost(base)} ({ran})",
+            bench_tables.cost(ours),
+            shown,
+            _error(base),
+            _error(ours),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _error(row: "dict | None") -> str:
+    found = (row or {}).get("error") or {}
+    parts = [f"{found[p]:.0e}" for p in ("forward", "backward") if found.get(p) is not None]
+    return ", ".join(parts) or "—"
