@@ -1,13 +1,13 @@
 # make profile    how attention's cost grows on this machine, measured
 # make test       the fast tests
 # make test-all   the fast tests, then the slow ones
-# make bench      the profile at head dimensions 64 and 128, without its limit on time
+# make bench      the ops beside those of PyTorch, on this machine
 # make lint       ruff and mypy
 # make clean      removes .venv and everything else that can be made again
 #
 # PYTHON=...  the Python to start from: its torch >= 2.10 is used as it is, else one is installed
 #             into .venv (nothing outside .venv is touched)
-# ARGS=...    more arguments for the profile or for pytest
+# ARGS=...    more arguments for the profile, the benchmarks or pytest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,10 +27,7 @@ profile: setup
 	$(BIN)/python -m fusedformer profile attention $(ARGS)
 
 bench: setup
-	for dim in 64 128; do \
-	    $(BIN)/python -m fusedformer profile attention --head-dim $$dim --head-dim-sweep 0 \
-	        --budget 86400 --out profile/bench-$$dim $(ARGS) || exit; \
-	done
+	$(BIN)/python -m fusedformer bench $(ARGS)
 
 test: setup
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -46,5 +43,5 @@ lint: setup
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache profile
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache profile bench gpu
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
