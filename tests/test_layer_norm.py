@@ -51,15 +51,18 @@ def check_pairs(case: dict, backends: tuple[str, ...] = BACKENDS) -> None:
                 assert_within_bound(what, grad, eager[name], truth[name])
 
 
-# The covering set is whole only with the slow half.
-@pytest.mark.parametrize("case", cases.CASES[::4], ids=cases.describe)
+# The covering set is whole only with the slow part.
+FAST = [case for case in cases.CASES[::4] if case["shape"][-1] < 9000]
+
+
+@pytest.mark.parametrize("case", FAST, ids=cases.describe)
 def test_backend_pairs(case):
     check_pairs(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [c for n, c in enumerate(cases.CASES) if n % 4], ids=cases.describe
+    "case", [case for case in cases.CASES if case not in FAST], ids=cases.describe
 )
 def test_backend_pairs_rest(case):
     check_pairs(case)
