@@ -24,6 +24,7 @@ from fusedformer.kernels.layer_norm import dropout_add_layer_norm, layer_norm, r
 from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
 from fusedformer.kernels.sdpa import scaled_dot_product_attention
 from fusedformer.transformer.bert import BERT, BERTConfig
+from fusedformer.transformer.generate import generate
 from fusedformer.transformer.gpt import GPT, GPTConfig
 from fusedformer.transformer.seq2seq import Transformer, TransformerConfig
 from fusedformer.transformer.vit import ViT, ViTConfig
@@ -62,6 +63,7 @@ __all__ = [
     "dropout",
     "dropout_add_layer_norm",
     "fuse",
+    "generate",
     "layer_norm",
     "linear_cross_entropy",
     "nn",
