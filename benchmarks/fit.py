@@ -77,3 +77,30 @@ def fit_series(points: Sequence[tuple[int, float]], floor: float, unit: str) -> 
         return {"fitted": False, "reason": reason, "used": used}
     law = power_law(used, [y for _, y in kept])
     return {"fitted": True, **asdict(law), "used": used}
+
+
+def crossing(a: Sequence[tuple[int, float]], b: Sequence[tuple[int, float]]) -> dict:
+    """Where the cost ``a`` goes below the cost ``b``, and stays there to the last common x.
+
+    Between the two points it is taken on the straight lines through the logarithms.
+
+    Args:
+        a, b: (x, y) of each measurement, y positive.
+
+    Returns:
+        {"kind": "from the first" | "at" | "never" | "not measured", "x"}; x is the first common
+        one, the crossing, or None.
+    """
+    costs_a, costs_b = dict(a), dict(b)
+    xs = sorted(costs_a.keys() & costs_b.keys())
+    if len(xs) < 2:
+        return {"kind": "not measured", "x": None}
+    gaps = [math.log(costs_a[x] / costs_b[x]) for x in xs]
+    if gaps[-1] >= 0:
+        return {"kind": "never", "x": None}
+    last = max((i for i, gap in enumerate(gaps) if gap >= 0), default=None)
+    if last is None:
+        return {"kind": "from the first", "x": xs[0]}
+    share = gaps[last] / (gaps[last] - gaps[last + 1])
+    low, high = math.log(xs[last]), math.log(xs[last + 1])
+    return {"kind": "at", "x": math.exp(low + share * (high - low))}

@@ -73,7 +73,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="150",
         help="for measuring; what would go over it is left out and said so (150)",
     )
-    add("--out", metavar="DIR", default="profile", help="where the files go (profile)")  # fmt: skip
+    add("--out", metavar="DIR", default="profile", help="where the files go (profile)")
+    add("--trace", metavar="FILE", help="also a torch.profiler trace of ours, of a middle length")
 
 
 @dataclass(frozen=True)

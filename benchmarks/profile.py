@@ -9,41 +9,54 @@ import argparse
 import time
 from pathlib import Path
 
-from fusedformer.benchmarks import options as options_module
 from fusedformer.benchmarks import (
+    ceilings,
     page,
     points,
+    profile_model,
     profile_page,
+    profile_recurrent,
     providers,
     results,
     tables,
     terminal,
+    trace,
     workers,
 )
+from fusedformer.benchmarks import options as options_module
 from fusedformer.benchmarks.document import COMPLETE, CUT, Document
+from fusedformer.benchmarks.ops import attention
+from fusedformer.benchmarks.ops.attention import Case
 from fusedformer.benchmarks.options import Options
 from fusedformer.benchmarks.sweep import PASSES, Point, Sweep
 
 INTERRUPTED = 130
+OTHERS = {"model": profile_model, "recurrent": profile_recurrent}
 
+# The part of the budget that measuring the ceilings may take.
+_CEILINGS_PART = 0.15
 # Errors are compared at the longest length of the sweep up to this one: float64 is slow.
 _ERROR_SEQ = 512
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the operations that can be profiled, each with its options."""
-    ops = parser.add_subparsers(dest="op", required=True, metavar="OP")
+def configure(command: argparse.ArgumentParser) -> None:
+    """Adds what can be profiled, each with its options."""
+    ops = command.add_subparsers(dest="op", required=True, metavar="OP")
     about = "time, memory and their growth with length and head dimension"
-    attention = ops.add_parser("attention", help=about, description=f"attention: {about}")
-    options_module.add_options(attention)
+    parser = ops.add_parser("attention", help=about, description=f"attention: {about}")
+    options_module.add_options(parser)
+    for name, module in OTHERS.items():
+        module.add_options(ops.add_parser(name, help=module.ABOUT, description=module.ABOUT))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one profile; returns the exit code.
+    """Runs one profile, of attention or of another; returns the exit code.
 
     Raises:
         ValueError: an option is wrong; the text is one sentence that names it.
     """
+    if args.op in OTHERS:
+        return OTHERS[args.op].run(args)
     started = time.perf_counter()
     options = options_module.parse(args)
     options_module.make_folder(options.out)
@@ -71,6 +84,14 @@ def run(args: argparse.Namespace) -> int:
             state = CUT
     results.finish(document, state)
     written = _write(document, options.out)
+    if args.trace and state == COMPLETE:
+        case = Case(
+            options.batch, options.heads, options.seq[len(options.seq) // 2], options.head_dim,
+            options.dtype, options.causal[0], options.dropout[-1], options.device,
+        )  # fmt: skip
+        forward, backward = providers.call("fused", case, attention.inputs(case))
+        for said in trace.write(Path(args.trace), lambda: backward(forward()), case.device):
+            print(said)
     terminal.show(tables.everything(document.data))
     print()
     for line in document.data["left_out"]:
@@ -94,11 +115,23 @@ def _measure(sweep: Sweep, options: Options, document: Document) -> None:
                 left = max(0.0, sweep.left())
                 progress.stay(f"more times, pass {number} of {PASSES} at most, {left:.0f} s left")
 
+        _look_around(sweep, options, document)
         progress.step("errors against float64")
         document.data["errors"] = _errors(sweep, options)
         document.save()
         for _ in sweep.run(plan, before):
             document.save()
+
+
+def _look_around(sweep: Sweep, options: Options, document: Document) -> None:
+    """The machine's ceilings and its memory, as they are before the first measurement."""
+    case = options.plan()[0].case
+    looked = sweep.pool.run(points.look, sweep.impls, case)
+    if looked.status == workers.OK:
+        document.data["available_bytes"] = looked.value[1]
+    limit = _CEILINGS_PART * options.budget
+    found = sweep.pool.run(ceilings.measure, options.device, timeout=limit)
+    document.data["ceilings"] = found.value
 
 
 def _errors(sweep: Sweep, options: Options) -> list[dict]:
@@ -141,7 +174,7 @@ def _write(document: Document, folder: Path) -> list[Path]:
         left_out.append("the PNG chart and the page's charts (matplotlib is not installed)")
     else:
         if data["rows"]:  # an interrupt may come before the first
-            profile_charts.png(data["rows"], profile_page.setting(data), folder / "attention.png")
+            profile_charts.png(data, profile_page.setting(data), folder / "attention.png")
             written.append(folder / "attention.png")
     if not terminal.HAS_RICH:
         left_out.append("the progress bar and ruled tables (rich is not installed)")

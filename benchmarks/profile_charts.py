@@ -9,7 +9,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from fusedformer.benchmarks import charts, results
+from fusedformer.benchmarks import charts, results, workers
+from fusedformer.benchmarks.sweep import DOES_NOT_FIT
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ _UNITS = {
 }
 
 
-def draw(axes: Axes, ink: str, panel: Panel, rows: list[dict]) -> None:
+def draw(axes: Axes, ink: str, panel: Panel, document: dict) -> None:
     """Draws one panel in the text colour ``ink``."""
-    sweep = panel.sweep
+    sweep, rows = panel.sweep, document["rows"]
     xs = sorted({row[sweep] for row in rows if row["sweep"] == sweep})
     for (impl, causal, dropout_p), members in results.series(rows, sweep).items():
         if (causal, dropout_p) != (panel.causal, panel.dropout_p):
@@ -66,18 +67,42 @@ def draw(axes: Axes, ink: str, panel: Panel, rows: list[dict]) -> None:
                 *zip(*known, strict=True), dashes, color=colour, marker=marker, ms=5, lw=1.8,
                 markerfacecolor=colour if dashes == "-" else "none", label=name,
             )  # fmt: skip
+    if panel.what == "memory":
+        _draw_limit(axes, ink, panel, document)
     x_label = "sequence length N" if sweep == "seq" else "head dimension d"
     charts.log_log(axes, xs, x_label, _UNITS[panel.what], ink)
     charts.finish(axes, panel.title, ink)
 
 
-def png(rows: list[dict], heading: str, path: Path) -> None:
+def _draw_limit(axes: Axes, ink: str, panel: Panel, document: dict) -> None:
+    """A line at the memory that there was, and on it a cross where a problem did not fit."""
+    available = document.get("available_bytes")
+    over = [
+        row
+        for row in document["rows"]
+        if (row["sweep"], row["causal"], row["dropout_p"])
+        == (panel.sweep, panel.causal, panel.dropout_p)
+        and row["status"] in (DOES_NOT_FIT, workers.OUT_OF_MEMORY)
+    ]
+    if available is None or not over:
+        return
+    level = available / 2**20
+    axes.axhline(level, color=ink, lw=1.0, ls=":", label="memory that there was")
+    for row in over:
+        colour, _ = charts.style(row["impl"])
+        axes.plot(row[panel.sweep], level, "x", color=colour, ms=9, mew=2.2)
+
+
+def png(document: dict, heading: str, path: Path) -> None:
     """All panels on one white sheet."""
-    draws = [functools.partial(draw, panel=panel, rows=rows) for panel in panels(rows)]
+    draws = [
+        functools.partial(draw, panel=panel, document=document)
+        for panel in panels(document["rows"])
+    ]
     charts.png(draws, heading, path)
 
 
-def svg(panel: Panel, rows: list[dict]) -> str:
+def svg(panel: Panel, document: dict) -> str:
     """One panel as an <svg> element."""
     mark = f"{panel.sweep}-{panel.what}-{panel.causal:d}-{panel.dropout_p:g}-".replace(".", "_")
-    return charts.svg(functools.partial(draw, panel=panel, rows=rows), mark)
+    return charts.svg(functools.partial(draw, panel=panel, document=document), mark)

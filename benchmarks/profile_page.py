@@ -24,10 +24,11 @@ def html(document: dict) -> str:
             f"<p>{escape(reading(document))}</p>",
             *map(page.table, tables.text(document)),
             *map(page.table, tables.exponents(document, "seq")),
-            *_charts(document["rows"]),
+            *map(page.table, tables.crossings(document)),
+            *_charts(document),
             *map(page.table, tables.exponents(document, "head_dim")),
             "<h2>All measurements</h2>",
-            *page.folded(measured),
+            *page.folded((*measured, *tables.intensity(document))),
             "<h2>How it was measured</h2>",
             *page.paragraphs(method(document)),
             page.facts(document),
@@ -77,16 +78,17 @@ def method(document: dict) -> list[str]:
     ]
 
 
-def _charts(rows: list[dict]) -> list[str]:
+def _charts(document: dict) -> list[str]:
     try:
         from fusedformer.benchmarks import profile_charts
     except ImportError:
         return ['<p class="state">No charts: matplotlib is not installed.</p>']
-    found = []
+    rows, found = document["rows"], []
     for sweep, title in (("seq", "Over sequence length"), ("head_dim", "Over head dimension")):
         shown = [panel for panel in profile_charts.panels(rows) if panel.sweep == sweep]
         drawn = [
-            (f"{panel.title}, {title.lower()}", profile_charts.svg(panel, rows)) for panel in shown
+            (f"{panel.title}, {title.lower()}", profile_charts.svg(panel, document))
+            for panel in shown
         ]
         found.append(page.figures(title, drawn))
     return found

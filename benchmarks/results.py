@@ -71,6 +71,44 @@ def fits(rows: list[dict]) -> list[dict]:
     return found
 
 
+def crossings(rows: list[dict]) -> list[dict]:
+    """Where this project's attention overtakes each other implementation, over length.
+
+    Of forward with backward in time, and of peak memory; see fit.crossing().
+    """
+    found = []
+    members = series(rows, "seq")
+    for (impl, causal, dropout_p), ours in members.items():
+        if impl != "fused":
+            continue
+        for other, theirs in members.items():
+            if other[0] == "fused" or other[1:] != (causal, dropout_p):
+                continue
+            for quantity in ("time", "memory"):
+                points = [
+                    [(row["seq"], held) for row in rows_of if (held := _whole(row, quantity))]
+                    for rows_of in (ours, theirs)
+                ]
+                found.append(
+                    {
+                        "impl": other[0],
+                        "label": series_label(theirs),
+                        "causal": causal,
+                        "dropout_p": dropout_p,
+                        "quantity": quantity,
+                        **fit.crossing(*points),
+                    }
+                )
+    return found
+
+
+def _whole(row: dict, quantity: str) -> "float | None":
+    if quantity == "memory":
+        return value(row, "training_bytes")
+    parts = value(row, "forward_ms"), value(row, "backward_ms")
+    return None if None in parts else sum(part for part in parts if part is not None)
+
+
 def longest_bins(bins: list[dict]) -> list[dict]:
     """The longest bins that together hold at most a tenth of the paragraphs; at least one."""
     most = sum(part["count"] for part in bins) / 10
@@ -109,9 +147,7 @@ def text_totals(rows: list[dict], bins: list[dict]) -> list[dict]:
     return found
 
 
-def new_document(
-    path: Path, options: dict, environment: dict, text: "dict | None"
-) -> Document:
+def new_document(path: Path, options: dict, environment: dict, text: "dict | None") -> Document:
     """The document of a profile that begins; ``text`` is that of TextLengths.as_dict(), or None."""
     return Document(
         path,
@@ -123,6 +159,9 @@ def new_document(
         errors=[],
         rows=[],
         fits=[],
+        crossings=[],
+        ceilings=None,
+        available_bytes=None,
         text_totals=[],
         left_out=[],
     )
@@ -132,6 +171,7 @@ def finish(document: Document, state: str) -> None:
     """Computes what follows from the rows, and saves."""
     data = document.data
     data["fits"] = fits(data["rows"])
+    data["crossings"] = crossings(data["rows"])
     if data["text"]:
         data["text_totals"] = text_totals(data["rows"], data["text"]["bins"])
     document.finish(state)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusedformer.benchmarks import results, workers
+from fusedformer.benchmarks.ops import attention
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,66 @@ def _letter(index: int) -> str:
     return chr(ord("a") + index % 26) + (str(index // 26) if index >= 26 else "")
 
 
+def crossings(document: dict) -> list[Table]:
+    """From which length on ours is below the others, in time and in memory."""
+    pairs: dict[tuple, dict[str, dict]] = {}
+    for found in document["crossings"]:
+        key = (found["causal"], found["dropout_p"], found["label"])
+        pairs.setdefault(key, {})[found["quantity"]] = found
+    if not pairs:
+        return []
+    body = [
+        [results.variant_label(causal, dropout_p), label]
+        + [_crossing(by_quantity[quantity]) for quantity in ("time", "memory")]
+        for (causal, dropout_p, label), by_quantity in pairs.items()
+    ]
+    return [
+        Table(
+            "Length from which ours costs less, forward and backward",
+            ["variant", "than", "time", "peak memory"],
+            body,
+            ("Between two lengths that were measured, on the line through the logarithms.",),
+        )
+    ]
+
+
+def _crossing(found: dict) -> str:
+    if found["kind"] == "at":
+        return f"N = {found['x']:.0f}"
+    if found["kind"] == "from the first":
+        return f"from the first, {found['x']}"
+    return found["kind"]
+
+
+def intensity(document: dict) -> list[Table]:
+    """Operations a byte, and how much of the measured ceiling the forward reaches."""
+    ceilings = document["ceilings"]
+    peak = (ceilings or {}).get("matmul_tflops", {}).get(document["options"]["dtype"])
+    if not peak:
+        return []
+    body = []
+    for row in document["rows"]:
+        if row["sweep"] != "seq" or row["dropout_p"] or "forward_ms" not in row:
+            continue
+        case = attention.Case(**{name: row[name] for name in attention.Case.__dataclass_fields__})
+        operations = attention.flops(case, "fwd")
+        per_byte = operations / attention.moved(case, "fwd")
+        rate = operations / results.value(row, "forward_ms") / 1e9
+        roof = min(peak, per_byte * ceilings["copy_gbps"] / 1e3)
+        body.append(
+            [
+                results.variant_label(row["causal"], 0.0), row["label"], str(row["seq"]),
+                number(per_byte), number(rate), f"{rate / roof:.0%}",
+            ]
+        )  # fmt: skip
+    head = ["variant", "ran", "N", "operations a byte", "TFLOP/s", "of the roof"]
+    note = (
+        f"The roof is the lower of {number(peak)} TFLOP/s, a large product's, and what "
+        f"{number(ceilings['copy_gbps'])} GB/s, a large copy's, can feed; both measured here."
+    )
+    return [Table("Forward: arithmetic intensity and the roofline", head, body, (note,))]
+
+
 def errors(document: dict) -> list[Table]:
     """Relative errors against float64."""
     if not document["errors"]:
@@ -188,6 +249,8 @@ def everything(document: dict) -> list[Table]:
         *measurements(document, "seq"),
         *measurements(document, "head_dim"),
         *exponents(document, "seq"),
+        *crossings(document),
+        *intensity(document),
         *exponents(document, "head_dim"),
         *errors(document),
     ]

@@ -12,6 +12,7 @@ import torch
 
 from fusedformer import cli
 from fusedformer.benchmarks import (
+    ceilings,
     document,
     memory,
     page,
@@ -36,6 +37,8 @@ PLAIN = ["--impl", "plain", "--dropout", "0", "--causal", "no"]
 def few_passes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "PASSES", 2)
+        # They take seconds; the workers get a function that fails at once.
+        patch.setattr(ceilings, "measure", dict)
         yield
 
 
@@ -310,3 +313,33 @@ def test_exponent_notes_are_said_once():
     (table,) = tables.exponents(document, "seq")
     assert table.rows == [["full, no dropout", "plain", *["2.00 (1.90 to 2.10) [a]"] * 3]]
     assert table.notes == ("[a] fitted on N = 1, 2, 3, 4, 5",)
+
+
+def test_crossing_points():
+    def points(seq, forward, training):
+        row = {"sweep": "seq", "seq": seq, "causal": False, "dropout_p": 0.0, "status": "ok"}
+        for impl, ms, held in (("fused", *forward), ("plain", *training)):
+            yield row | {
+                "impl": impl, "label": impl, "forward_ms": {"median": ms},
+                "backward_ms": {"median": ms}, "memory": {"training_bytes": held},
+            }  # fmt: skip
+
+    rows = [*points(128, (4.0, 10.0), (1.0, 20.0)), *points(512, (8.0, 10.0), (32.0, 40.0))]
+    found = {law["quantity"]: law for law in results.crossings(rows)}
+    # Straight lines through the logarithms: 4 -> 8 and 1 -> 32 meet at 256.
+    assert found["time"]["kind"] == "at"
+    assert found["time"]["x"] == pytest.approx(256)
+    assert (found["memory"]["kind"], found["memory"]["x"]) == ("from the first", 128)
+    (table,) = tables.crossings({"crossings": list(found.values())})
+    assert table.rows == [["full, no dropout", "plain", "N = 256", "from the first, 128"]]
+
+
+def test_intensity_by_hand():
+    """One head of 64, N = 64: 4 N^2 d operations over 4 N d + N fp32 numbers."""
+    row = Case(1, 1, 64, 64).as_dict() | {"sweep": "seq", "label": "x", "forward_ms": {"median": 1}}
+    ceilings = {"matmul_tflops": {"fp32": 0.002}, "copy_gbps": 1.0}
+    document = {"options": {"dtype": "fp32"}, "ceilings": ceilings, "rows": [row]}
+    (table,) = tables.intensity(document)
+    per_byte = 4 * 64**2 * 64 / (4 * (4 * 64 * 64 + 64))
+    assert table.rows == [["full, no dropout", "x", "64", f"{per_byte:.3g}", "0.001", "52%"]]
+    assert tables.intensity(document | {"ceilings": None}) == []

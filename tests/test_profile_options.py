@@ -48,6 +48,23 @@ def test_fit_covers_the_truth_of_noisy_data():
     assert 180 <= hits <= 198  # 95% of 200, within 3 standard errors
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "kind", "x"),
+    [
+        ([(1, 1.0), (2, 2.0)], [(1, 2.0), (2, 4.0)], "from the first", 1),
+        ([(1, 3.0), (2, 6.0)], [(1, 2.0), (2, 4.0)], "never", None),
+        ([(4, 2.0), (16, 4.0)], [(4, 1.0), (16, 8.0)], "at", 8),
+        # Ahead, behind, ahead again: only the last time counts.
+        ([(1, 1.0), (2, 2.0), (8, 2.0)], [(1, 2.0), (2, 1.0), (8, 4.0)], "at", 4),
+        ([(1, 1.0), (2, 1.0)], [(3, 2.0), (4, 4.0)], "not measured", None),
+    ],
+)
+def test_crossing(a, b, kind, x):
+    found = fit.crossing(a, b)
+    assert found["kind"] == kind
+    assert found["x"] == (x if x is None else pytest.approx(x))
+
+
 def test_fit_refuses_what_is_no_power_law():
     with pytest.raises(ValueError, match="3 or more"):
         fit.power_law([1, 2], [1, 2])
