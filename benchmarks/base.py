@@ -51,7 +51,7 @@ def worktree(commit: str) -> Iterator[tuple[Path, str]]:
 class BaseRunner(Runner):
     """Measures entries for "fused", here, and for "base", the same in another checkout."""
 
-    def against(self, folder: Path, name: str) -> "BaseRunner":
+    def against(self, folder: Path, name: str) -> None:
         """Sets the other checkout; called once, before anything runs."""
         self._name = name
         roots = {"fused": ROOT, BASE: folder}
@@ -59,7 +59,6 @@ class BaseRunner(Runner):
             impl: self._stack.enter_context(Workers(fresh=False, root=root))
             for impl, root in roots.items()
         }
-        return self
 
     def entry(self, entry: Entry) -> list[dict]:
         """The two rows of one entry; the baseline of their ratio is the other commit."""

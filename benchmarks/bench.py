@@ -83,9 +83,10 @@ def _runner(options: Options) -> Iterator[Runner]:
         return
     with (
         base.worktree(options.base) as (folder, name),
-        base.BaseRunner(options.device, options.limits) as runner,
+        base.BaseRunner(options.device, options.limits) as both,
     ):
-        yield runner.against(folder, name)
+        both.against(folder, name)
+        yield both
 
 
 def _document(options: Options, runner: Runner) -> Document:

@@ -5,7 +5,7 @@ Raises ImportError on import where matplotlib is absent.
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def finish(axes: Axes, title: str, ink: str, legend: bool = True) -> None:
         )  # fmt: skip
 
 
-def png(draws: list[Draw], heading: str, path: Path) -> None:
+def png(draws: Sequence[Draw], heading: str, path: Path) -> None:
     """All charts on one white sheet, at most four in a row."""
     columns = min(4, max(1, len(draws)))
     height = max(1, -(-len(draws) // columns))

@@ -88,7 +88,8 @@ def changes(
         if was is None or row["impl"] not in only:
             continue
         if row["status"] != workers.OK:
-            yield Change(row["title"], f"{row['label']}: {row['status']}", *[1.0] * 3, SLOWER)
+            label = f"{row['label']}: {row['status']}"
+            yield Change(row["title"], label, 1.0, 1.0, 1.0, SLOWER)
             continue
         if row["quantity"] in (MEMORY, WORKSPACE):
             ours, theirs = metrics.memory(row), metrics.memory(was)

@@ -54,7 +54,7 @@ def look(op_name: str, impls: list[str], case: Any) -> "tuple[dict[str, str | No
 def refusal(op: Op, name: str, case: Any) -> "str | None":
     """Why an implementation cannot take a problem here, or None."""
     impl = op.impls[name]
-    return impl.refuses(case) or (common.no_compiler() if impl.compiles else None)
+    return impl.refuses(case) or (common.no_compiler(case.device) if impl.compiles else None)
 
 
 def label(op: Op, impl: str, case: Any, backends: list[str], held: Held) -> str:

@@ -6,6 +6,7 @@ counts as often as a step calls it. What the parts leave of the whole step is th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +99,7 @@ class _Projections(nn.Module):
         return packed(x), out(x)
 
 
-def _step(
-    forward: Callable[[], "Tensor | tuple[Tensor, ...]"], leaves: list
-) -> Callable[[], object]:
+def _step(forward: Callable[[], Any], leaves: list[Tensor]) -> Callable[[], object]:
     """A call of forward, then of its backward; the gradients of the outputs are random."""
     made: list[Tensor] = []
 

@@ -50,7 +50,7 @@ def attention_suite(quick: bool, device: str) -> list[Entry]:
 
 def rows_suite(quick: bool, device: str) -> list[Entry]:
     """The ops that memory bounds, over widths, forward and forward with backward."""
-    widths = (64, 128) if quick else (512, 1024, 4096)
+    widths: tuple[int, ...] = (64, 128) if quick else (512, 1024, 4096)
     elements = 2**12 if quick else 2**22
     if device == "cuda":
         widths, elements = (768, 1024, 2048, 4096, 8192, 16384), 2**27

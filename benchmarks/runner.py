@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from typing_extensions import Self
+
 from fusedformer.benchmarks import gpu_state, measure, timing, workers
 from fusedformer.benchmarks.entries import OVERHEAD, TIME, Entry, default_baseline
 from fusedformer.benchmarks.ops.registry import OPS
@@ -62,7 +64,7 @@ class Runner:
     _pools: dict[str, Workers] = field(default_factory=dict)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def __enter__(self) -> "Runner":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -150,7 +150,7 @@ def intensity(document: dict) -> list[Table]:
         case = attention.Case(**{name: row[name] for name in attention.Case.__dataclass_fields__})
         operations = attention.flops(case, "fwd")
         per_byte = operations / attention.moved(case, "fwd")
-        rate = operations / results.value(row, "forward_ms") / 1e9
+        rate = operations / row["forward_ms"]["median"] / 1e9
         roof = min(peak, per_byte * ceilings["copy_gbps"] / 1e3)
         body.append(
             [

@@ -241,10 +241,10 @@ def compiled(function: Callable) -> Callable:
 
 
 @functools.cache
-def no_compiler() -> "str | None":
-    """Why torch.compile cannot run here, or None."""
+def no_compiler(device: str) -> "str | None":
+    """Why torch.compile cannot run on "cpu" or "cuda" here, or None."""
     try:
-        compiled(lambda x: x + 1)(torch.ones(1))
+        compiled(lambda x: x + 1)(torch.ones(1, device=device))
     except Exception as error:
         lines = str(error).strip().splitlines()
         return f"torch.compile fails: {lines[0] if lines else type(error).__name__}"

@@ -94,9 +94,9 @@ def _hugging_face(case: Case) -> Callable[[], Tensor]:
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).to(case.device, common.DTYPES[case.dtype]).eval()
     prompt = torch.randint(case.vocab, (case.batch, 1), device=case.device)
+    full = torch.ones_like(prompt)
     options = {"max_new_tokens": case.seq, "do_sample": False, "pad_token_id": 0}
-    options["attention_mask"] = torch.ones_like(prompt)
-    return lambda: model.generate(prompt, **options)[:, 1:]
+    return lambda: model.generate(prompt, attention_mask=full, **options)[:, 1:]
 
 
 def _op(name: str, impls: dict[str, Impl], eager: str, flops: Callable[[Case], float]) -> Op:
