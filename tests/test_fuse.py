@@ -219,6 +219,7 @@ def test_losses_of_other_kinds_are_torchs():
     cases = [
         (torch.randn(3, 7), torch.rand(3, 7).softmax(1)),
         (torch.randn(3, 7, 5), torch.randint(7, (3, 5))),
+        (torch.randn(3, 7), torch.randint(7, (3,), dtype=torch.uint8)),
     ]
     expected = [loss(*case) for case in cases]
     fuse(loss)

@@ -237,9 +237,8 @@ def _fuse_attention(name: str, model: Any, default: torch.device, report: FuseRe
         return
     hf.register()
     parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
-    model.__dict__[_ATTENTION] = {"": before} | {
-        key: config._attn_implementation for key, config in parts.items() if config is not None
-    }
+    kept = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    model.__dict__[_ATTENTION] = hf.Before({"": before} | kept)
     model.set_attn_implementation(hf.NAME)
     report.fused.append(Entry(name, kind, f"attention (was {before})"))
 

@@ -39,6 +39,21 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
+class Before(dict):
+    """What a fused model's attention was, by part of its config.
+
+    Unpickled with the model, perhaps in another process, it makes our attention known there.
+    """
+
+    def __reduce__(self) -> "tuple[Any, ...]":
+        return _unpickled, (dict(self),)
+
+
+def _unpickled(attention: "dict[str, Any]") -> Before:
+    register()
+    return Before(attention)
+
+
 class _Padding(NamedTuple):
     """What a mask says, kept beside it in a form that costs less."""
 

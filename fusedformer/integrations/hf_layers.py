@@ -17,13 +17,15 @@ from transformers.models.bert.modeling_bert import BertSelfOutput
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from fusedformer.integrations.layers import Fused, dropout_add_norm
+from fusedformer.integrations.layers import Fused, dropout_add_norm, hooked
 from fusedformer.integrations.rules import CHAIN, NORM, Rule
 from fusedformer.kernels.activation import bias_activation
 from fusedformer.kernels.layer_norm import rms_norm
 
 
 def _dropout_add_norm(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    if hooked(self.dropout, self.LayerNorm):
+        return self.original.forward(self, hidden_states, input_tensor)
     x = self.dense(hidden_states)
     return dropout_add_norm(self.dropout, self.LayerNorm, x, input_tensor)
 

@@ -21,6 +21,17 @@ class Fused:
     original: ClassVar[type]  # the class that unfuse() gives back
 
 
+def hooked(*modules: torch.nn.Module) -> bool:
+    """Whether modules whose work is done without calling them have got hooks since fuse()."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
+    )
+
+
 def dropout_add_norm(
     dropout: torch.nn.Dropout,
     norm: torch.nn.LayerNorm,
@@ -75,12 +86,12 @@ class MultiheadAttention(Fused, fusedformer.nn.MultiheadAttention):
 
 
 class CrossEntropyLoss(Fused, fusedformer.nn.CrossEntropyLoss):
-    """Class probabilities, and classes that are not the last dimension, are left to torch."""
+    """Class probabilities, classes that are not the last dimension, and bytes are torch's."""
 
     original = torch.nn.CrossEntropyLoss
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if target.is_floating_point() or input.dim() > 2:
+        if target.dtype not in (torch.int32, torch.int64) or input.dim() > 2:
             return torch.nn.CrossEntropyLoss.forward(self, input, target)
         return super().forward(input, target)
 
@@ -99,7 +110,9 @@ class TransformerEncoderLayer(Fused, torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: "Tensor | None" = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src.is_nested:  # torch.nn.TransformerEncoder makes them in evaluation mode
+        parts = self.norm1, self.norm2, self.dropout, self.dropout1, self.dropout2
+        # torch.nn.TransformerEncoder makes nested tensors in evaluation mode.
+        if src.is_nested or hooked(*parts):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x: Tensor) -> Tensor:
@@ -134,6 +147,13 @@ class TransformerDecoderLayer(Fused, torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        norms = self.norm1, self.norm2, self.norm3
+        if hooked(*norms, self.dropout, self.dropout1, self.dropout2, self.dropout3):
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+                memory_key_padding_mask, tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
+
         def attend(x: Tensor) -> Tensor:
             return self.self_attn(
                 x, x, x, tgt_key_padding_mask, need_weights=False, attn_mask=tgt_mask,
