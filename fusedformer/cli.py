@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"fusedformer {args.command}: {error}", file=sys.stderr)
+        # A function and its command may have the same name; it is said once.
+        text = str(error).removeprefix(f"{args.command}: ")
+        print(f"fusedformer {args.command}: {text}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"fusedformer {args.command}: interrupted", file=sys.stderr)

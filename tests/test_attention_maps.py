@@ -263,5 +263,5 @@ def test_errors(tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="24 positions"):
         look_at_text(gpt, tokenizer, "a b " * 30)
     monkeypatch.setattr(look_module, "MAX_WORDS", 3)
-    with pytest.raises(ValueError, match="4 tokens are too many to draw; at most 3"):
+    with pytest.raises(ValueError, match="4 tokens are too many to draw, over 3"):
         look_at_text(gpt, tokenizer, "zzz")

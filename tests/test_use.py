@@ -237,6 +237,7 @@ def test_bad_input_is_one_sentence(argv, message, folders, capsys, monkeypatch, 
     assert out == ""
     assert err.startswith(f"fusedformer {argv[0]}: ")
     assert message in err
+    assert err.count(f"{argv[0]}: ") == 1
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

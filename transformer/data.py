@@ -88,6 +88,30 @@ def read_documents(path: "str | Path") -> Documents:
     return documents
 
 
+def read_image(file: "str | Path", size: tuple[int, int, int]) -> Tensor:
+    """An image file, brought to (channels, height, width): uint8 of that shape.
+
+    Raises:
+        ValueError: it cannot be read, channels is neither 1 (grey) nor 3 (RGB), or Pillow is
+            missing.
+    """
+    try:
+        image = importlib.import_module("PIL.Image")
+    except ImportError:
+        raise ValueError("reading images needs Pillow (pip install pillow)") from None
+    channels, height, width = size
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 channel (grey) or 3 (RGB); got {channels}")
+    try:
+        with image.open(file) as opened:
+            resized = opened.convert("L" if channels == 1 else "RGB").resize((width, height))
+            data = bytearray(resized.tobytes())
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+    pixels = torch.frombuffer(data, dtype=torch.uint8).view(height, width, channels)
+    return pixels.permute(2, 0, 1).contiguous()
+
+
 def read_images(folder: "str | Path", size: tuple[int, int, int]) -> Images:
     """A folder of folders of images: each folder is a class, and its name the class's name.
 
@@ -98,13 +122,6 @@ def read_images(folder: "str | Path", size: tuple[int, int, int]) -> Images:
     Raises:
         ValueError: there are no images, a class has none, one cannot be read, or Pillow is missing.
     """
-    try:
-        image = importlib.import_module("PIL.Image")
-    except ImportError:
-        raise ValueError("reading images needs Pillow (pip install pillow)") from None
-    channels, height, width = size
-    if channels not in (1, 3):
-        raise ValueError(f"images have 1 channel (grey) or 3 (RGB); got {channels}")
     classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
     if not classes:
         raise ValueError(f"{folder} holds no folders; it wants one folder of images for each class")
@@ -114,17 +131,9 @@ def read_images(folder: "str | Path", size: tuple[int, int, int]) -> Images:
         files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not files:
             raise ValueError(f"{Path(folder) / name} holds no images")
-        for file in files:
-            try:
-                with image.open(file) as opened:
-                    grey = opened.convert("L" if channels == 1 else "RGB").resize((width, height))
-                    data = bytearray(grey.tobytes())
-            except OSError as error:
-                raise ValueError(f"{file} cannot be read as an image: {error}") from None
-            pixels.append(torch.frombuffer(data, dtype=torch.uint8))
-            labels.append(label)
-    stacked = torch.stack(pixels).reshape(-1, height, width, channels).permute(0, 3, 1, 2)
-    return Images(stacked.contiguous(), torch.tensor(labels), classes)
+        pixels += [read_image(file, size) for file in files]
+        labels += [label] * len(files)
+    return Images(torch.stack(pixels), torch.tensor(labels), classes)
 
 
 # --- Held-out data --------------------------------------------------------------------------------

@@ -124,12 +124,12 @@ def _check(
             raise ValueError(
                 f"generate: lengths must be ({prompt.shape[0]},); got {shape(lengths)}"
             )
-        low, high = lengths.aminmax()
-        # On a GPU reading them back would make it wait.
-        if lengths.device.type == "cpu" and (low < 1 or high > prompt.shape[1]):
-            raise ValueError(
-                f"generate: lengths must be from 1 to {prompt.shape[1]}; got {low} to {high}"
-            )
+        if lengths.device.type == "cpu":  # a GPU would have to wait for them
+            low, high = lengths.aminmax()
+            if low < 1 or high > prompt.shape[1]:
+                raise ValueError(
+                    f"generate: lengths must be from 1 to {prompt.shape[1]}; got {low} to {high}"
+                )
     if max_new_tokens < 1 or num_beams < 1:
         raise ValueError(
             "generate: max_new_tokens and num_beams must be at least 1; got "

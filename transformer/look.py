@@ -106,20 +106,13 @@ def look_at_image(model: ViT, image: Tensor, title: str) -> Look:
         image: (channels, size, size), as the model was trained on.
         title: what the image is called.
     """
-    weights = attention_weights(model, image[None])["encoder.self_attention"][:, 0]
     rows = model.config.image_size // model.config.patch_size
     words = ["class", *(f"{row + 1},{column + 1}" for row in range(rows) for column in range(rows))]
-    check_size(len(words))
+    _check_size(len(words))
+    weights = attention_weights(model, image[None])["encoder.self_attention"][:, 0]
     heading = "Encoder: patches (row, column) look at patches"
     attention = Attention("encoder", heading, words, words, weights.cpu())
     return Look(title, _about(model), [attention], *_positions(model), [])
-
-
-def check_size(words: int) -> None:
-    if words > MAX_WORDS:
-        raise ValueError(
-            f"attention-map: {words} tokens are too many to draw; at most {MAX_WORDS}"
-        )
 
 
 # --- The three models of text ---------------------------------------------------------------------
@@ -129,7 +122,7 @@ def _transformer(
     model: Transformer, tokenizer: "Tokenizer", ids: list[int], target: "str | None"
 ) -> tuple[list[Attention], list[Prediction]]:
     source = _tensor(model, [[*ids, EOS]])
-    check_size(source.shape[1])
+    _check_size(source.shape[1])
     if target is None:
         room = min(MAX_WORDS, model.config.max_length)
         written, lengths = generate(
@@ -139,7 +132,7 @@ def _transformer(
     else:
         targets = [*encode(tokenizer, [target])[0], EOS]
     read = _tensor(model, [[SOS, *targets[:-1]]])
-    check_size(read.shape[1])
+    _check_size(read.shape[1])
     found = attention_weights(model, source, read)
     sources, words = (labels(tokenizer, row[0].tolist()) for row in (source, read))
     attentions = [
@@ -158,7 +151,7 @@ def _gpt(
     model: GPT, tokenizer: "Tokenizer", ids: list[int]
 ) -> tuple[list[Attention], list[Prediction]]:
     read = _tensor(model, [[SOS, *ids]])
-    check_size(read.shape[1])
+    _check_size(read.shape[1])
     words = labels(tokenizer, read[0].tolist())
     weights = attention_weights(model, read)["stack.self_attention"][:, 0]
     attention = Attention("self", "Each word looks at those before it", words, words, weights.cpu())
@@ -171,7 +164,7 @@ def _bert(
 ) -> tuple[list[Attention], list[Prediction]]:
     """Each word is masked in turn for its prediction; the weights are of the text as it is."""
     read = _tensor(model, [SOS, *ids, EOS])
-    check_size(len(read))
+    _check_size(len(read))
     words = labels(tokenizer, read.tolist())
     weights = attention_weights(model, read[None])["encoder.self_attention"][:, 0]
     attention = Attention("encoder", "Each word looks at all", words, words, weights.cpu())
@@ -185,6 +178,11 @@ def _bert(
     around = [f"{words[i - 1]} ▢ {words[i + 1]}" for i in places.tolist()]
     distributions = [_probs(one, logits) for one in _both(model)]
     return [attention], _predictions(tokenizer, around, ids, *distributions)
+
+
+def _check_size(words: int) -> None:
+    if words > MAX_WORDS:
+        raise ValueError(f"attention-map: {words} tokens are too many to draw, over {MAX_WORDS}")
 
 
 def _tensor(model: Model, ids: list) -> Tensor:

@@ -10,7 +10,7 @@ from fusedformer.transformer.gpt import GPT
 from fusedformer.transformer.look import look_at_image, look_at_text
 from fusedformer.transformer.seq2seq import Transformer
 from fusedformer.transformer.vit import ViT
-from fusedformer.use.classify import read_image
+from fusedformer.use.classify import model_input
 
 PAGE = "attention.html"
 
@@ -25,7 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     model, tokenizer, about = use.load(args, Transformer, GPT, BERT, ViT)
     if isinstance(model, ViT):
-        look = look_at_image(model, read_image(args.text, model, about), args.text)
+        image = model_input(args.text, model, about).to(next(model.parameters()).device)
+        look = look_at_image(model, image, args.text)
     else:
         backwards = about.get("right_to_left", False)
         look = look_at_text(model, tokenizer, args.text, args.target, backwards)

@@ -1,7 +1,6 @@
 """``fusedformer classify``: images by a ViT, texts by a BERT with a trained classifier."""
 
 import argparse
-import importlib
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fusedformer import use
 from fusedformer.transformer.bert import BERT
-from fusedformer.transformer.data import encode
+from fusedformer.transformer.data import encode, read_image
 from fusedformer.transformer.vit import ViT
 
 
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     device = next(model.parameters()).device
     for text in use.texts(args):
         if isinstance(model, ViT):
-            logits = model(read_image(text, model, about)[None].to(device))
+            logits = model(model_input(text, model, about)[None].to(device))
         else:
             (tokens,) = encode(tokenizer, [text], sos=True, eos=True)
             use.check_room(len(tokens), model, "the text")
@@ -53,25 +52,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_image(file: str, model: ViT, about: dict) -> Tensor:
+def model_input(file: str, model: ViT, about: dict) -> Tensor:
     """An image file as the model was trained on: (channels, size, size) float32.
 
     Raises:
         ValueError: it cannot be read, or Pillow is missing.
     """
-    try:
-        image = importlib.import_module("PIL.Image")
-    except ImportError:
-        raise ValueError("reading images needs Pillow (pip install pillow)") from None
-    channels, size = model.config.channels, model.config.image_size
     if not Path(file).is_file():
         raise ValueError(f"there is no image file {file}")
-    try:
-        with image.open(file) as opened:
-            resized = opened.convert("L" if channels == 1 else "RGB").resize((size, size))
-            data = bytearray(resized.tobytes())
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
-    pixels = torch.frombuffer(data, dtype=torch.uint8).view(size, size, channels)
-    pixels = pixels.permute(2, 0, 1) / 255
+    size = model.config.image_size
+    pixels = read_image(file, (model.config.channels, size, size)) / 255
     return (pixels - about.get("mean", 0.0)) / about.get("std", 1.0)
