@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--quick", action="store_true", help="the suite at a reduced size")
     what.add_argument("--op", metavar="NAME,...", help=f"ops instead: {', '.join(OPS)}")
+    what.add_argument("--match", metavar="TEXT", help="only problems whose name holds it")
     what.add_argument("--mode", metavar="MODE,...", help=f"{', '.join(common.MODES)} (fwd,fwd_bwd)")
     what.add_argument("--only", metavar="IMPL,...", help="these implementations (see --list)")
     what.add_argument("--skip", metavar="IMPL,...", help="not these implementations")
@@ -109,6 +110,10 @@ def parse(args: argparse.Namespace) -> Options:
     only, skip = _impls("--only", args.only), _impls("--skip", args.skip)
     entries = _of_ops(args, device) if args.op else _of_suites(args, device)
     entries = [_narrowed(entry, only, skip, args.baseline) for entry in entries]
+    if args.match:
+        entries = [entry for entry in entries if args.match in entry.named()]
+        if not entries:
+            raise ValueError(f"--match got {args.match!r}; no problem's name holds it")
     rounds = whole("--min-rounds", args.min_rounds), whole("--max-rounds", args.max_rounds)
     limits = Limits(
         seconds("--seconds", args.seconds),

@@ -254,6 +254,7 @@ def test_list(capsys, monkeypatch):
         (["--metrics=speed"], "--metrics got 'speed'"),
         (["--op=attention", "--seq=0"], "--seq got '0'"),
         (["--min-rounds=0"], "--min-rounds got '0'"),
+        (["--match=nothing"], "--match got 'nothing'"),
         (["--op=attention", "--isa=mmx"], "--isa got 'mmx'"),
     ],
 )
@@ -282,6 +283,11 @@ def test_options_make_the_product():
     }
     assert {entry.impls for entry in options.entries} == {("fused", "plain"), ("fused", "eager")}
     assert {e.case.dropout_p for e in options.entries if e.op != "attention"} == {0.1}
+
+
+def test_match():
+    options = parsed("--suite=cpu", "--match=one call")
+    assert [entry.case.seq for entry in options.entries] == [16, 16, 16]
 
 
 @pytest.fixture
