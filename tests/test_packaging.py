@@ -166,7 +166,8 @@ def test_wheel(copy, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     site = unpack(wheel, tmp_path / "site")
     shipped = {str(path.relative_to(site / "fusedformer")) for path in site.rglob("*.py")}
-    ours = {str(path.relative_to(ROOT / "fusedformer")) for path in ROOT.glob("fusedformer/*.py")}
+    own = ROOT / "fusedformer"
+    ours = {str(path.relative_to(own)) for path in own.rglob("*.py")}
     for folder in ("kernels", "transformer", "benchmarks"):
         ours |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
     assert shipped == ours

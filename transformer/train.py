@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedformer.transformer import checkpoint
-from fusedformer.transformer.presets import CHANGEABLE, resolve
+from fusedformer.transformer.presets import CHANGEABLE, TrainConfig, resolve
 from fusedformer.transformer.train_log import draw_losses
 from fusedformer.transformer.train_parallel import World
 from fusedformer.transformer.train_report import report
@@ -58,25 +58,35 @@ def train(
     run = _resumed(out, asked, fields) if resume else _new(out, asked, fields)
     model_config, config, _ = resolve(run["task"], run["preset"], run["fields"])
     with World(parallel) as world:
-        first = world.rank == 0
-        tell = say if first else (lambda line: None)
-        setup = set_up(run, model_config, config, out, world, tell)
-        if first:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        trainer = Trainer(
-            setup.model, setup.task, config, out, setup.tokenizer, setup.about, world
-        )
-        trainer.run()
-        found: dict[str, float] = {}
-        if first:
-            # As anyone would use it: from its checkpoint.
-            model, tokenizer = checkpoint.load(out)
-            found = report(model, setup.task, tokenizer, setup.held_out)
-            (out / "report.json").write_text(json.dumps(found, indent=2) + "\n")
-            lines = {name: value for name, value in found.items() if "cross-entropy of" in name}
-            draw_losses(out, lines)
-        return world.share(found)
+        # In a function of its own: DDP has to be gone before its processes part, or gloo may abort.
+        return _train(run, model_config, config, out, world, say)
+
+
+def _train(
+    run: dict[str, Any],
+    model_config: Any,
+    config: TrainConfig,
+    out: Path,
+    world: World,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    first = world.rank == 0
+    tell = say if first else (lambda line: None)
+    setup = set_up(run, model_config, config, out, world, tell)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    trainer = Trainer(setup.model, setup.task, config, out, setup.tokenizer, setup.about, world)
+    trainer.run()
+    found: dict[str, float] = {}
+    if first:
+        # As anyone would use it: from its checkpoint.
+        model, tokenizer = checkpoint.load(out)
+        found = report(model, setup.task, tokenizer, setup.held_out)
+        (out / "report.json").write_text(json.dumps(found, indent=2) + "\n")
+        lines = {name: value for name, value in found.items() if "cross-entropy of" in name}
+        draw_losses(out, lines)
+    return world.share(found)
 
 
 # --- Which run ------------------------------------------------------------------------------------

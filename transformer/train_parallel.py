@@ -6,6 +6,7 @@ be saved, so that a checkpoint is the same whatever wrote it, and can be resumed
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -62,6 +63,7 @@ class World:
 
     def __exit__(self, kind: object, *error: object) -> None:
         if self.many:
+            gc.collect()  # what is left of DDP, in cycles
             if kind is None:
                 self.wait()  # so that none leaves while another still reads what it sent
             dist.destroy_process_group()
