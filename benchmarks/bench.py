@@ -30,7 +30,7 @@ from fusedformer.benchmarks.document import COMPLETE, CUT, Document
 from fusedformer.benchmarks.measure import look
 from fusedformer.benchmarks.ops.registry import OPS
 from fusedformer.benchmarks.options import device_of, make_folder
-from fusedformer.benchmarks.runner import OVER_BUDGET, Runner
+from fusedformer.benchmarks.runner import Runner, worth_keeping
 from fusedformer.benchmarks.tables import Table
 
 KIND = "bench"
@@ -102,7 +102,7 @@ def _document(options: Options, runner: Runner) -> Document:
                     f"--resume: {options.json} was measured with {name} "
                     f"{before['environment'][name]!r}; here it is {environment.value[name]!r}"
                 )
-        runner.rows += [row for row in before["rows"] if row["status"] != OVER_BUDGET]
+        runner.rows += worth_keeping(before["rows"])
     found = runner.pool().run(ceilings.measure, options.device)
     return Document(
         options.json,

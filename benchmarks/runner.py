@@ -47,6 +47,12 @@ class Limits:
     budget: float = math.inf
 
 
+def worth_keeping(rows: list[dict]) -> list[dict]:
+    """The rows of a run before, without those of entries that its budget cut short."""
+    cut = {row["key"] for row in rows if row["status"] == OVER_BUDGET}
+    return [row for row in rows if row["key"] not in cut]
+
+
 @dataclass
 class Runner:
     """Measures entries one by one; a context manager.
@@ -93,7 +99,10 @@ class Runner:
 
     def _call(self, entry: Entry, function: Callable, *args: Any) -> Outcome:
         timeout = min(self.limits.call, max(1.0, self.left()))
-        return self.pool(entry.isa).run(function, *args, timeout=timeout)
+        outcome = self.pool(entry.isa).run(function, *args, timeout=timeout)
+        if outcome.status == workers.TOO_SLOW and timeout < self.limits.call:
+            return Outcome(OVER_BUDGET, reason="the budget ended while it ran")
+        return outcome
 
     def entry(self, entry: Entry) -> list[dict]:
         """The rows of one entry."""

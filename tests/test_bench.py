@@ -138,6 +138,19 @@ def test_a_spent_budget_is_a_row():
     assert row["status"] == runner.OVER_BUDGET
 
 
+def test_a_budget_that_ends_within_an_entry_is_not_the_implementations_fault():
+    """And the whole entry is measured again by the next run."""
+    slow = Outcome(workers.TOO_SLOW, reason="not done after 1 s")
+    entry = Entry("attention", TINY, "fwd", impls=("plain", "sdpa"))
+    limits = runner.Limits(0.01, 3, 3, call=300.0, budget=60.0)
+    cut, fine = measured([entry], {"plain": slow}, limits=limits)
+    assert (cut["status"], fine["status"]) == (runner.OVER_BUDGET, workers.OK)
+    other = row("fused", [1.0], key="other")
+    assert runner.worth_keeping([cut, fine, other]) == [other]
+    limits = runner.Limits(0.01, 3, 3, call=5.0, budget=60.0)
+    assert measured([entry], {"plain": slow}, limits=limits)[0]["status"] == workers.TOO_SLOW
+
+
 def test_rows_of_a_run_before_are_kept():
     both = [Entry("attention", TINY.at(seq=n), "fwd", impls=("plain",)) for n in (8, 16)]
     before = measured(both[:1])
