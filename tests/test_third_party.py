@@ -40,11 +40,11 @@ FUSED = {
         "MultiheadAttention": 6,
     },
     "x_transformers": {"Dropout": 5},
-    "timm_vit": {"Dropout": 6},
-    "timm_deit": {"Dropout": 6},
-    "timm_swin": {"Dropout": 12},
+    "timm_vit": {"Dropout": 8},
+    "timm_deit": {"Dropout": 8},
+    "timm_swin": {"Dropout": 16},
 }
-LEFT = {"LayerNorm": "narrower than 512"}
+LEFT = ("narrower than 512", "p is 0", "a class of its own")
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_what_is_fused(name):
     report = fuse(model)
     assert Counter(entry.kind for entry in report.fused) == FUSED[name]
     for entry in report.left:
-        assert LEFT.get(entry.kind, "a class of its own") in entry.why
+        assert any(reason in entry.why for reason in LEFT), entry
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -147,6 +147,7 @@ def x_transformers(dropout: float = 0.0) -> "tuple[Any, dict[str, Tensor]]":
 
 def _timm(name: str, **options: Any) -> "tuple[Any, dict[str, Tensor]]":
     timm = pytest.importorskip("timm")
+    timm.layers.set_fused_attn(True, experimental=True)  # Swin calls torch's function only then
     model = timm.create_model(name, num_classes=5, **options)
     size = options["img_size"]
     return _build(model), {"x": torch.randn(BATCH, 3, size, size)}
