@@ -56,6 +56,8 @@ def test_fit_covers_the_truth_of_noisy_data():
         ([(4, 2.0), (16, 4.0)], [(4, 1.0), (16, 8.0)], "at", 8),
         # Ahead, behind, ahead again: only the last time counts.
         ([(1, 1.0), (2, 2.0), (8, 2.0)], [(1, 2.0), (2, 1.0), (8, 4.0)], "at", 4),
+        # Equal is not below.
+        ([(1, 1.0), (2, 1.0), (4, 1.0)], [(1, 2.0), (2, 1.0), (4, 2.0)], "at", 2),
         ([(1, 1.0), (2, 1.0)], [(3, 2.0), (4, 4.0)], "not measured", None),
     ],
 )
