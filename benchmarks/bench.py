@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     bench_options.add_options(parser)
     actions = parser.add_subparsers(dest="action", metavar="[compare A.json B.json | readme]")
     for name, module in ACTIONS.items():
-        about = (module.__doc__ or "").partition("\n")[0]
+        about = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
         module.configure(actions.add_parser(name, help=about, description=about))
 
 
