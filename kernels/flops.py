@@ -87,6 +87,7 @@ class _OnImport:
             execute(module)
             _register(module)
 
+        # On this loader alone, which is the module's own; types have no word for that.
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 

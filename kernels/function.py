@@ -46,6 +46,7 @@ def run(function: type[torch.autograd.Function], *args: Any) -> Any:
             ) from None
     if _transforms_active():
         return function.apply(*args)
+    # What lies beneath Function.apply() has no types.
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     return function.forward(*args)

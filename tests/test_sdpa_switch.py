@@ -54,7 +54,10 @@ def test_a_call_is_fused_and_the_same(options, sizes):
         mask = options.get("attn_mask")
         if mask is not None and mask.is_floating_point():
             options["attn_mask"] = mask.to(dtype)
-        call = lambda t=tensors: functional.scaled_dot_product_attention(*t, **options)  # noqa: E731
+
+        def call(tensors=tensors):
+            return functional.scaled_dot_product_attention(*tensors, **options)
+
         if switch:
             with fusedformer.sdpa() as counts:
                 out = call()

@@ -85,14 +85,14 @@ class World:
         return loss, loss
 
     @contextlib.contextmanager
-    def synchronised(self, module: nn.Module, last: bool) -> Iterator[None]:
+    def synchronised(self, module: Any, last: bool) -> Iterator[None]:
         """Gradients are brought together only in the last of a step's backward passes."""
         if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
             with module.no_sync():
                 yield
             return
         if self.many and self.parallel == "fsdp":
-            module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            module.set_requires_gradient_sync(last)
         yield
 
     def share(self, value: Any) -> Any:

@@ -50,8 +50,8 @@ def set_up(
 
     texts = [text for pair in training for text in pair] if run["task"] == "seq2seq" else training
     tokenizer = _tokenizer(texts, model_config, out, world)
-    size = tokenizer.get_vocab_size()
-    model_config = dataclasses.replace(model_config, vocab_size=size)  # type: ignore[call-arg]
+    size: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size()}
+    model_config = dataclasses.replace(model_config, **size)
     if isinstance(model_config, TransformerConfig):
         return _pairs(model_config, config, training, held_out, tokenizer, tell)
     return _text(model_config, config, training, held_out, tokenizer, tell)

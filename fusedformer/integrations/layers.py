@@ -68,6 +68,7 @@ class MultiheadAttention(Fused, fusedformer.nn.MultiheadAttention):
 
     original = torch.nn.MultiheadAttention
 
+    # Torch's own arguments, without what fusedformer.nn adds: that is what is ignored here.
     def forward(  # type: ignore[override]
         self,
         query: Tensor,

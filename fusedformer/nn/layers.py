@@ -110,6 +110,7 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
         self.p = p
         self.prenorm = prenorm
 
+    # A LayerNorm by its parameters, not by its arguments: hence what is ignored.
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: "Tensor | None" = None
     ) -> "Tensor | tuple[Tensor, Tensor]":
