@@ -44,7 +44,8 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _check_lengths(key_lengths: "Tensor | None", limit: int) -> None:
+def check_length_values(key_lengths: "Tensor | None", limit: int) -> None:
+    """Raises ValueError, on a CPU, where a length is not from 0 to limit."""
     # On a GPU, reading values back would synchronise; the kernels clamp them instead.
     if key_lengths is None or key_lengths.device.type != "cpu" or key_lengths.numel() == 0:
         return
@@ -57,7 +58,7 @@ def _check_lengths(key_lengths: "Tensor | None", limit: int) -> None:
 
 
 def _fwd(query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets, backend):
-    _check_lengths(key_lengths, key.shape[2])
+    check_length_values(key_lengths, key.shape[2])
     if query.numel() == 0 or key.shape[2] == 0:  # nothing to attend to
         out = _new_bhnd(query).zero_()
         return out, query.new_full(query.shape[:3], -math.inf, dtype=_lse_dtype(query))
@@ -151,7 +152,8 @@ class _Attention(Function):
 # --- Public functions -----------------------------------------------------------------------------
 
 
-def _check_attention(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises unless query, key and value are as attention() asks."""
     for label, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(name, label, tensor)
         if tensor.dim() != 4:
@@ -195,7 +197,8 @@ def _checked_mask(name: str, label: str, mask: Tensor, query: Tensor, key: Tenso
     return mask[(None,) * (4 - mask.dim())]
 
 
-def _checked_lengths(name: str, key_lengths: Tensor, query: Tensor, limit: int) -> Tensor:
+def checked_lengths(name: str, key_lengths: Tensor, query: Tensor, limit: int) -> Tensor:
+    """key_lengths as the op takes them; their values are check_length_values()'s."""
     check_tensor(name, "key_lengths", key_lengths, like=query, like_label="query", same_dtype=False)
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: key_lengths must be int32 or int64; got {key_lengths.dtype}")
@@ -234,7 +237,7 @@ def checked_attention(
     last key; with offsets, positions decide).
     """
     query, key, value = autocast(name, query, key, value)
-    _check_attention(name, query, key, value)
+    check_shapes(name, query, key, value)
     check_dropout_p(name, dropout_p)
     positions = [0, 0, 0, 0] if offsets is None else _checked_offsets(name, offsets)
     diagonal = 0 if causal == "first" else None
@@ -244,7 +247,7 @@ def checked_attention(
     if mask is not None:
         mask = _checked_mask(name, mask_name, mask, query, key)
     if key_lengths is not None:
-        key_lengths = _checked_lengths(name, key_lengths, query, key.shape[2])
+        key_lengths = checked_lengths(name, key_lengths, query, key.shape[2])
     scale = query.shape[3] ** -0.5 if scale is None else checked_scale(name, scale)
     rng.check_seed(name, seed, query.device)
     if dropout_p > 0:

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from fusedformer.integrations.sequence import common_seed, parts
+from fusedformer.integrations.sequence import checked, common_seed, parts
 from fusedformer.kernels import dispatch
-from fusedformer.kernels.attention import _check_attention, _check_lengths, _checked_lengths
-from fusedformer.kernels.checks import autocast, check_dropout_p, checked_scale
+from fusedformer.kernels.attention import check_length_values, checked_lengths
+from fusedformer.kernels.checks import checked_scale
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,8 @@ def ring_attention(
         RuntimeError: the backend named cannot run this call; the message says why.
     """
     name = "ring_attention"
-    query, key, value = autocast(name, query, key, value)
-    _check_attention(name, query, key, value)
-    check_dropout_p(name, dropout_p)
+    query, key, value = checked(name, query, key, value, causal, dropout_p)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if causal and query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"{name}: causal needs as many keys as queries; got {key.shape[2]} and {query.shape[2]}"
-        )
     multiple = (16 if dropout_p > 0 else 1) * (1 + zigzag)
     for label, tensor in (("query", query), ("key and value", key)):
         if tensor.shape[2] % multiple:
@@ -217,8 +211,8 @@ def ring_attention(
                 f"{multiple}; got {tensor.shape[2]}"
             )
     if key_lengths is not None:
-        key_lengths = _checked_lengths(name, key_lengths, query, size * key.shape[2])
-        _check_lengths(key_lengths, size * key.shape[2])
+        key_lengths = checked_lengths(name, key_lengths, query, size * key.shape[2])
+        check_length_values(key_lengths, size * key.shape[2])
     scale = query.shape[3] ** -0.5 if scale is None else checked_scale(name, scale)
     seed = common_seed(name, seed, query.device, group) if dropout_p > 0 else None
     ring = _Ring(

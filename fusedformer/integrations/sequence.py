@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fusedformer.kernels import rng
+from fusedformer.kernels.attention import check_shapes
+from fusedformer.kernels.checks import autocast, check_dropout_p
 
 
 class Part(NamedTuple):
@@ -75,6 +77,24 @@ def gather_sequence(
             own = tensor.narrow(dim, part.here.start, part.length)
             whole.narrow(dim, part.start, part.length).copy_(own)
     return whole
+
+
+def checked(
+    name: str, query: Tensor, key: Tensor, value: Tensor, causal: bool, dropout_p: float
+) -> "list[Tensor]":
+    """Query, key and value in autocast's dtype.
+
+    Raises:
+        ValueError, TypeError: they, or the options, are not as attention() of parts asks.
+    """
+    query, key, value = autocast(name, query, key, value)
+    check_shapes(name, query, key, value)
+    check_dropout_p(name, dropout_p)
+    if causal and query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{name}: causal needs as many keys as queries; got {key.shape[2]} and {query.shape[2]}"
+        )
+    return [query, key, value]
 
 
 def common_seed(

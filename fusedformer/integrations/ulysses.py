@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from fusedformer.integrations.sequence import common_seed
-from fusedformer.kernels.attention import _check_attention, attention
-from fusedformer.kernels.checks import autocast, check_dropout_p
+from fusedformer.integrations.sequence import checked, common_seed
+from fusedformer.kernels.attention import attention
 
 
 class _Exchange(torch.autograd.Function):
@@ -88,9 +87,7 @@ def ulysses_attention(
         RuntimeError: the backend named cannot run this call; the message says why.
     """
     name = "ulysses_attention"
-    query, key, value = autocast(name, query, key, value)
-    _check_attention(name, query, key, value)
-    check_dropout_p(name, dropout_p)
+    query, key, value = checked(name, query, key, value, causal, dropout_p)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     for label, heads in (("query", query.shape[1]), ("key and value", key.shape[1])):
         if heads % size:
@@ -98,10 +95,6 @@ def ulysses_attention(
                 f"{name}: the heads of {label} must be a multiple of the {size} processes; got "
                 f"{heads} (ring_attention() takes any number)"
             )
-    if causal and query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"{name}: causal needs as many keys as queries; got {key.shape[2]} and {query.shape[2]}"
-        )
     seed = common_seed(name, seed, query.device, group) if dropout_p > 0 else None
     query, key, value = (_to_heads(x, size, group) for x in (query, key, value))
     out = attention(
