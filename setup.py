@@ -5,8 +5,8 @@ from pathlib import Path
 from setuptools import Distribution, setup
 
 options = {}
-if list(Path(__file__).resolve().parent.glob("csrc/libfusedformer_cpu-*.so")):
-    # `fusedformer build --into csrc` came before: a wheel with the library inside, for this
+if list(Path(__file__).resolve().parent.glob("csrc/libfusedformer_*.so")):
+    # `fusedformer build --into csrc` came before: a wheel with libraries inside, for this
     # platform and any Python.
     try:
         from setuptools.command.bdist_wheel import bdist_wheel
