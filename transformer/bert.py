@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedformer.kernels.activation import bias_activation
 from fusedformer.kernels.checks import shape
-from fusedformer.kernels.dropout import dropout
-from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
-from fusedformer.nn import LayerNorm
+from fusedformer.nn import Dropout, LayerNorm
 from fusedformer.transformer.blocks import EncoderLayer, Stack
 from fusedformer.transformer.config import ModelConfig
-from fusedformer.transformer.layers import check_tokens, init_weights
+from fusedformer.transformer.layers import (
+    check_tokens,
+    init_weights,
+    linear_activation,
+    output_cross_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class BERT(nn.Module):
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         # Of classify().
         self.pooler = nn.Linear(d_model, d_model)
+        self.dropout = Dropout(config.dropout)
         self.classifier = nn.Linear(d_model, config.classes)
         self.init_weights()
 
@@ -109,8 +112,8 @@ class BERT(nn.Module):
         return x if states is None else (x, states)
 
     def _masked_lm_input(self, hidden: Tensor) -> Tensor:
-        x = functional.linear(hidden, self.head_linear.weight)
-        return self.head_norm(bias_activation(x, self.head_linear.bias, self.config.activation))
+        x = linear_activation(self.head_linear, hidden, self.config.activation)
+        return self.head_norm(x)
 
     def masked_lm(self, hidden: Tensor) -> Tensor:
         """hidden (B, N, d_model) -> logits (B, N, vocab_size) of the token at each position."""
@@ -118,14 +121,13 @@ class BERT(nn.Module):
         return functional.linear(x, self.token_embedding.weight, self.head_bias)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """That of masked_lm(hidden), which is never all there; options: linear_cross_entropy()."""
+        """That of masked_lm(hidden), which is never all there; see output_cross_entropy()."""
         x, weight = self._masked_lm_input(hidden), self.token_embedding.weight
-        return linear_cross_entropy(x, weight, labels, linear_bias=self.head_bias, **options)
+        return output_cross_entropy(x, weight, labels, self.head_bias, **options)
 
     def _pooled(self, hidden: Tensor) -> Tensor:
         """What stands for the whole sequence, (B, d_model): its first token, [CLS]."""
-        pooled = torch.tanh(self.pooler(hidden[:, 0]))
-        return dropout(pooled, self.config.dropout, self.training)
+        return self.dropout(torch.tanh(self.pooler(hidden[:, 0])))
 
     def classify(self, hidden: Tensor) -> Tensor:
         """hidden (B, N, d_model) -> logits (B, classes)."""
@@ -159,7 +161,7 @@ class BERT(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy of labels, (B,) int, each the class of a sequence."""
         x = self._pooled(self(tokens, segments, lengths))
-        return linear_cross_entropy(
-            x, self.classifier.weight, labels, linear_bias=self.classifier.bias,
+        return output_cross_entropy(
+            x, self.classifier.weight, labels, self.classifier.bias,
             label_smoothing=label_smoothing,
         )  # fmt: skip

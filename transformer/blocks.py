@@ -16,8 +16,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fusedformer.kernels.dropout import dropout
-from fusedformer.nn import DropoutAddLayerNorm, LayerNorm, MultiheadAttention
+from fusedformer.nn import Dropout, DropoutAddLayerNorm, LayerNorm, MultiheadAttention
 from fusedformer.transformer.cache import KVCache, LayerCache
 from fusedformer.transformer.config import ModelConfig
 from fusedformer.transformer.layers import FeedForward, Rotary
@@ -121,8 +120,8 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.depth = depth
-        self.dropout = config.dropout
         self.first_norm = norm_of(config) if config.prenorm else None
+        self.dropout = Dropout(config.dropout)  # of embeddings; in pre-norm the first norm's
         unlike = 1 if config.share_layers else depth
         self.layers = nn.ModuleList(layer(config) for _ in range(unlike))
         add = final_norm and not config.prenorm
@@ -145,7 +144,7 @@ class Stack(nn.Module):
         if self.first_norm is not None:
             x, residual = self.first_norm(x)  # residual = dropout(x), and its norm
         else:
-            x = residual = dropout(x, self.dropout, self.training)
+            x = residual = self.dropout(x)
         for index in range(self.depth):
             layer = self.layers[index % len(self.layers)]
             layer_cache = None if cache is None else cache.layers[index]

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from fusedformer.kernels.activation import ACTIVATIONS
 from fusedformer.kernels.checks import check_dropout_p
+from fusedformer.transformer.layers import check_activation
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,7 @@ class ModelConfig:
             )
         check_dropout_p(name, self.dropout, "dropout")
         check_dropout_p(name, self.ff_dropout, "ff_dropout")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; "
-                f"got {self.activation!r}"
-            )
+        check_activation(name, self.activation)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
 from fusedformer.transformer.blocks import EncoderLayer, Stack
 from fusedformer.transformer.cache import KVCache
 from fusedformer.transformer.config import ModelConfig
-from fusedformer.transformer.layers import Rotary, check_tokens, init_weights, next_tokens
+from fusedformer.transformer.layers import (
+    Rotary,
+    check_tokens,
+    init_weights,
+    next_tokens,
+    output_cross_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,8 @@ class GPT(nn.Module):
         return functional.linear(hidden, self.token_embedding.weight)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """That of logits(hidden), which are never all there; options of linear_cross_entropy()."""
-        return linear_cross_entropy(hidden, self.token_embedding.weight, labels, **options)
+        """That of logits(hidden), which are never all there; see output_cross_entropy()."""
+        return output_cross_entropy(hidden, self.token_embedding.weight, labels, **options)
 
     def loss(
         self, tokens: Tensor, lengths: "Tensor | None" = None, label_smoothing: float = 0.0

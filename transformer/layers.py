@@ -1,6 +1,7 @@
-"""The parts that layers are made of, beside attention and norm, which are fusedformer.nn's.
+"""The parts that models are made of, beside attention, dropout and norms, which fusedformer.nn has.
 
-Shapes: B sequences, N tokens each, H heads of size D, d_model = H D.
+The models call kernels through these two alone. Shapes: B sequences, N tokens each, H heads of size
+D, d_model = H D.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedformer.kernels.activation import bias_activation
+from fusedformer.kernels.activation import ACTIVATIONS, bias_activation
 from fusedformer.kernels.checks import shape
+from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+def check_activation(name: str, activation: str) -> None:
+    """Raises ValueError, in the name of the caller, where there is no such activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+        )
+
+
+def linear_activation(
+    linear: nn.Linear, x: Tensor, activation: str, dropout_p: float = 0.0
+) -> Tensor:
+    """dropout(activation(linear(x))); bias, activation and dropout are one kernel."""
+    if activation == "relu":
+        # Its derivative jumps where the sum changes its sign, as a product that is rounded to
+        # 16 bits before the bias is added can make it do.
+        return bias_activation(linear(x), None, activation, dropout_p)
+    product = functional.linear(x, linear.weight)
+    return bias_activation(product, linear.bias, activation, dropout_p)
+
+
+def output_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: "Tensor | None" = None, **options: Any
+) -> Tensor:
+    """Cross-entropy of an output layer's logits, which are made in chunks and never kept.
+
+    Args:
+        hidden: (..., d_model).
+        weight: (classes, d_model); an embedding's, where that is the output layer, too.
+        labels: (...) int; -100 where nothing is to be predicted.
+        bias: (classes,).
+        options: of linear_cross_entropy(), such as label_smoothing and reduction.
+    """
+    return linear_cross_entropy(hidden, weight, labels, linear_bias=bias, **options)
 
 
 class FeedForward(nn.Module):
@@ -26,14 +63,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        if self.activation == "relu":
-            # Its derivative jumps where the sum changes its sign, as a product that is rounded to
-            # 16 bits before the bias is added can make it do.
-            hidden, bias = self.linear1(x), None  # (B, N, d_ff)
-        else:
-            # Bias, activation and dropout are one kernel.
-            hidden, bias = functional.linear(x, self.linear1.weight), self.linear1.bias
-        return self.linear2(bias_activation(hidden, bias, self.activation, p))
+        hidden = linear_activation(self.linear1, x, self.activation, p)  # (B, N, d_ff)
+        return self.linear2(hidden)
 
 
 def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:

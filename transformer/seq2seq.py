@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
 from fusedformer.transformer.blocks import DecoderLayer, EncoderLayer, Stack
 from fusedformer.transformer.cache import KVCache
 from fusedformer.transformer.config import ModelConfig
@@ -20,6 +19,7 @@ from fusedformer.transformer.layers import (
     check_tokens,
     init_weights,
     next_tokens,
+    output_cross_entropy,
     sinusoidal_positions,
 )
 
@@ -151,8 +151,8 @@ class Transformer(nn.Module):
         return functional.linear(hidden, self._output_weight())
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """That of logits(hidden), which are never all there; options of linear_cross_entropy()."""
-        return linear_cross_entropy(hidden, self._output_weight(), labels, **options)
+        """That of logits(hidden), which are never all there; see output_cross_entropy()."""
+        return output_cross_entropy(hidden, self._output_weight(), labels, **options)
 
     def decode(
         self,

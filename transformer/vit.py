@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedformer.kernels.checks import check_floating, shape
-from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
 from fusedformer.transformer.blocks import EncoderLayer, Stack
 from fusedformer.transformer.config import ModelConfig
-from fusedformer.transformer.layers import init_weights
+from fusedformer.transformer.layers import init_weights, output_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class ViT(nn.Module):
 
     def loss(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy of labels, (B,) int, each the class of an image."""
-        return linear_cross_entropy(
-            self.hidden(images), self.classifier.weight, labels,
-            linear_bias=self.classifier.bias, label_smoothing=label_smoothing,
+        return output_cross_entropy(
+            self.hidden(images), self.classifier.weight, labels, self.classifier.bias,
+            label_smoothing=label_smoothing,
         )  # fmt: skip
