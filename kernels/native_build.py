@@ -1,32 +1,20 @@
-"""Builds the C++ library of csrc/ on first use, into a cache. Knows no op.
+"""Builds the C++ library of csrc/cpu on first use, into the cache. Knows no op.
 
-- The library is keyed by sources, flags and compiler. It appears in the cache under its name in one
-  step, when it is whole: an interrupted build leaves nothing that could be loaded, and two
-  processes that want it wait for one another.
-- A failure has one line of reason; what the compiler said is in the log that the line names. A
-  compile that failed is not tried again within a day, except by ``fusedformer build``.
-- One library runs on every torch from 2.10 on: LibTorch's stable ABI, no libpython, no OpenMP.
+One library runs on every torch from 2.10 on: LibTorch's stable ABI, no libpython, no OpenMP.
 """
 
-import contextlib
-import hashlib
-import importlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-# In a checkout beside kernels/; installed, as fusedformer/csrc.
-SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+from fusedformer.kernels import native_cache
+from fusedformer.kernels.native_cache import SOURCES, BuildError, Library
 
 FLAGS = [
     "-std=c++17",
@@ -64,30 +52,12 @@ X86_ISAS = {
     "avx512bf16": [*_AVX512, "-mavx512bf16"],
 }
 
-RETRY_SECONDS = 24 * 3600
-
-
-class BuildError(RuntimeError):
-    """Why there is no library: one line."""
-
 
 @dataclass(frozen=True)
 class Compiler:
     path: str
     version: str  # its own first line
     isas: "dict[str, list[str]]"  # the instruction sets that it compiles for -> its flags
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept: as the platform has it, XDG_CACHE_HOME before all."""
-    named = os.environ.get("XDG_CACHE_HOME")
-    if named and os.path.isabs(named):
-        return Path(named) / "fusedformer"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "fusedformer"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/fusedformer"
-    return Path.home() / ".cache/fusedformer"
 
 
 def find_compiler() -> Compiler:
@@ -116,17 +86,8 @@ def sources() -> list[Path]:
 
 
 def _sources_key() -> str:
-    digest = hashlib.sha256()
-    for path in sorted([*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h"), *sources()]):
-        digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
-    digest.update(repr((FLAGS, KERNEL_FLAGS, ENTRY_FLAGS, LINK_FLAGS)).encode())
-    return digest.hexdigest()[:16]
-
-
-def _key(compiler: Compiler) -> str:
-    """Of all that decides what the library holds."""
-    parts = repr((_sources_key(), compiler, platform.machine()))
-    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+    paths = [*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h"), *sources()]
+    return native_cache.files_key(SOURCES, paths, FLAGS, KERNEL_FLAGS, ENTRY_FLAGS, LINK_FLAGS)
 
 
 def prebuilt_name() -> str:
@@ -169,69 +130,18 @@ def link_command(compiler: Compiler, objects: list[Path], target: Path) -> list[
     ]
 
 
-def _ninja() -> "str | None":
-    """The ninja of the system, or of its Python package."""
-    found = shutil.which("ninja")
-    if found is None:
-        with contextlib.suppress(ImportError):
-            found = shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
-    return found
-
-
-def _ninja_file(objects: dict[Path, list[str]], link: list[str], library: Path) -> str:
-    def text(command: list[str]) -> str:
-        return " ".join(part.replace("$", "$$") for part in map(_quoted, command))
-
-    def path(name: Path) -> str:
-        return str(name).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
-
-    lines = ["rule run", "  command = $line", "  description = $out"]
-    for target, command in [*objects.items(), (library, link)]:
-        needs = " ".join(map(path, objects)) if target == library else ""
-        lines += [f"build {path(target)}: run {needs}", f"  line = {text(command)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(part: str) -> str:
-    return "'" + part.replace("'", "'\\''") + "'" if set(part) & set(" '\"$&;()<>|*?\\") else part
-
-
-def _run(command: list[str]) -> tuple[int, str]:
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+def _library() -> Library:
+    if not sources():
+        raise BuildError(f"there are no C++ sources in {SOURCES}")
+    compiler = find_compiler()
+    return Library(
+        name="cpu",
+        title="the CPU kernels",
+        key=native_cache.key(_sources_key(), compiler, platform.machine()),
+        compile=lambda folder: compile_commands(compiler, folder),
+        link=lambda objects, target: link_command(compiler, objects, target),
+        command="fusedformer build",
     )
-    return done.returncode, f"{' '.join(command)}\n{done.stdout}"
-
-
-def _compile(compiler: Compiler, folder: Path) -> tuple[bool, str, Path]:
-    """Builds in ``folder``: whether it went well, what was said, and the library."""
-    library = folder / "library.so"
-    objects = compile_commands(compiler, folder)
-    link = link_command(compiler, list(objects), library)
-    ninja = _ninja()
-    if ninja is not None:
-        (folder / "build.ninja").write_text(_ninja_file(objects, link, library))
-        code, log = _run([ninja, "-C", str(folder), "-k", "0"])
-        return code == 0, log, library
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(_run, objects.values()))
-    if not any(code for code, _ in results):
-        results.append(_run(link))
-    return not any(code for code, _ in results), "\n".join(log for _, log in results), library
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock among processes; the system frees it however a process ends."""
-    import fcntl  # not on Windows, where nothing is built
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _say(text: str) -> None:
-    print(f"fusedformer: {text}", file=sys.stderr, flush=True)
 
 
 def build(*, again: bool = False, retry: bool = False) -> Path:
@@ -244,42 +154,4 @@ def build(*, again: bool = False, retry: bool = False) -> Path:
     Raises:
         BuildError: it cannot be built; the message is one line.
     """
-    if not sources():
-        raise BuildError(f"there are no C++ sources in {SOURCES}")
-    compiler = find_compiler()
-    cache = cache_folder()
-    stem = f"cpu-{_key(compiler)}"
-    library = cache / f"{stem}.so"
-    if library.is_file() and not again:
-        return library
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{stem}.lock"):
-            if again or not library.is_file():  # else another process has built it meanwhile
-                _build_locked(compiler, library, again or retry)
-    except OSError as error:
-        raise BuildError(f"the cache cannot be written ({error})") from error
-    return library
-
-
-def _build_locked(compiler: Compiler, library: Path, retry: bool) -> None:
-    log = library.with_suffix(".log")
-    if not retry and log.is_file() and 0 <= time.time() - log.stat().st_mtime < RETRY_SECONDS:
-        raise BuildError(f"its compile failed lately (see {log}; `fusedformer build` tries again)")
-    for left_over in library.parent.glob(
-        f"{library.stem}.building-*"
-    ):  # by a build that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{library.stem}.building-", dir=library.parent))
-    _say(f"building the CPU kernels, once, into {library.parent}")
-    start = time.monotonic()
-    try:
-        fine, said, built = _compile(compiler, folder)
-        if not fine:
-            log.write_text(said)
-            raise BuildError(f"its compile failed (see {log})")
-        built.replace(library)
-        log.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    _say(f"built the CPU kernels in {time.monotonic() - start:.0f} s")
+    return native_cache.build(_library(), again=again, retry=retry)

@@ -18,7 +18,9 @@ ALLOWED = {
     "dispatch": {"common"},
     "reference": {"common", "reference"},
     "triton": {"common", "triton"},
-    "native": {"common", "native"},
+    "builder": {"common", "builder"},
+    "native": {"common", "builder", "native"},
+    "cuda": {"common", "builder", "cuda"},
     "op": {"common", "dispatch", "op"},
     # The weights that MultiheadAttention returns beside its output are the reference's.
     "nn": {"common", "op", "nn", "reference"},
@@ -55,10 +57,10 @@ def group(module: str) -> str:
         # The command `build` is the one caller of the builder beside the backend.
         own = ("nn", "transformer", "benchmarks", "aot", "build")
         return first if first in own else "package"
-    if name in ("dispatch", "reference", "triton", "native"):
+    if name in ("dispatch", "reference", "triton", "native", "cuda"):
         return name
     if name.startswith("native_"):
-        return "native"
+        return "builder"
     return "common" if name in ("rng", "checks") else "op"
 
 
@@ -71,7 +73,8 @@ def imported(module: str, tree: ast.AST) -> Iterator[str]:
             package = module.split(".")[: -node.level] if node.level else []
             base = ".".join([*package, *([node.module] if node.module else [])])
             # "from fusedformer.kernels import rng" means a module, "... .rng import f" does not.
-            parent = base in ("fusedformer", "fusedformer.kernels", "fusedformer.kernels.triton")
+            folders = ("", ".kernels", ".kernels.triton", ".kernels.cuda")
+            parent = base in [f"fusedformer{folder}" for folder in folders]
             yield from ([f"{base}.{alias.name}" for alias in node.names] if parent else [base])
 
 
@@ -98,6 +101,8 @@ def violations(module: str, source: str) -> list[str]:
         ("fusedformer.kernels.reference", "from fusedformer.kernels.triton import launch"),
         ("fusedformer.kernels.triton.attention", "from fusedformer.kernels import reference"),
         ("fusedformer.kernels.triton.attention", "from ..dispatch import pick"),
+        ("fusedformer.kernels.cuda.attention", "from fusedformer.kernels.triton import launch"),
+        ("fusedformer.kernels.native_cache", "from fusedformer.kernels import native"),
         ("fusedformer.kernels.rng", "from fusedformer.kernels import dispatch"),
         ("fusedformer.transformer.layers", "from fusedformer.kernels.reference import f"),
         ("fusedformer.transformer.gpt", "from fusedformer.kernels.attention import attention"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fusedformer import cli
-from fusedformer.kernels import native_build
+from fusedformer.kernels import native_build, native_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 # A library that takes a moment to compile instead of many seconds.
 SMALL = """
 import sys, pathlib
-from fusedformer.kernels import native_build
+from fusedformer.kernels import native_build, native_cache
 native_build.SOURCES = pathlib.Path(sys.argv[1])
 try:
     print("path", native_build.build(again="again" in sys.argv, retry="retry" in sys.argv))
@@ -96,7 +96,7 @@ def test_two_processes_at_once(small):
 
 def test_without_ninja(small):
     sources, env = small
-    code = SMALL.replace("try:", "native_build._ninja = lambda: None\ntry:")
+    code = SMALL.replace("try:", "native_cache._ninja = lambda: None\ntry:")
     verdict, library, _ = finish(start(code, sources, env=env))
     assert verdict == "path"
     assert answers(library)
@@ -203,10 +203,10 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native_build.cache_folder() == tmp_path / "fusedformer"
+    assert native_cache.cache_folder() == tmp_path / "fusedformer"
     # The specification says to ignore a relative path.
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    assert native_build.cache_folder().is_absolute()
+    assert native_cache.cache_folder().is_absolute()
 
 
 @pytest.mark.slow
