@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fusedformer.nn
 from fusedformer.kernels.layer_norm import dropout_add_layer_norm, layer_norm
-from fusedformer.nn.transformer import _Layer
+from fusedformer.nn.transformer import _DecoderLayer, _EncoderLayer
 
 
 class Fused:
@@ -45,10 +45,6 @@ def dropout_add_norm(
         # The result goes on as the residual, which autocast keeps wider than x.
         x = x.to(torch.promote_types(x.dtype, residual.dtype))
     return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, p, norm.eps, prenorm=prenorm)
-
-
-def _norm(norm: torch.nn.LayerNorm, x: Tensor) -> Tensor:
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 class LayerNorm(Fused, fusedformer.nn.LayerNorm):
@@ -97,12 +93,23 @@ class CrossEntropyLoss(Fused, fusedformer.nn.CrossEntropyLoss):
         return super().forward(input, target)
 
 
-class TransformerEncoderLayer(Fused, torch.nn.TransformerEncoderLayer):
+class _Layer(Fused):
+    """What differs where the parts are those of torch's layers, and their dropouts modules."""
+
+    def _first_norm(self: Any, x: Tensor) -> Tensor:
+        return layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+
+    def _add_norm(self: Any, number: int, x: Tensor, residual: Tensor) -> Any:
+        # In pre-norm the norm is that of the next sublayer.
+        dropout = getattr(self, f"dropout{number - self.norm_first}")
+        norm = getattr(self, f"norm{number}")
+        return dropout_add_norm(dropout, norm, x, residual, prenorm=self.norm_first)
+
+
+class TransformerEncoderLayer(_Layer, _EncoderLayer, torch.nn.TransformerEncoderLayer):
     """Dropout, residual and norm are one kernel; so are bias, activation and dropout."""
 
     original = torch.nn.TransformerEncoderLayer
-
-    _feed_forward: Any = _Layer._feed_forward
 
     def forward(
         self,
@@ -113,29 +120,15 @@ class TransformerEncoderLayer(Fused, torch.nn.TransformerEncoderLayer):
     ) -> Tensor:
         parts = self.norm1, self.norm2, self.dropout, self.dropout1, self.dropout2
         # torch.nn.TransformerEncoder makes nested tensors in evaluation mode.
-        if src.is_nested or hooked(*parts):
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-
-        def attend(x: Tensor) -> Tensor:
-            return self.self_attn(
-                x, x, x, src_key_padding_mask, need_weights=False, attn_mask=src_mask,
-                is_causal=is_causal,
-            )[0]  # fmt: skip
-
-        if self.norm_first:
-            attended = attend(_norm(self.norm1, src))
-            x, residual = dropout_add_norm(self.dropout1, self.norm2, attended, src, prenorm=True)
-            return residual + self.dropout2(self._feed_forward(x))
-        x = dropout_add_norm(self.dropout1, self.norm1, attend(src), src)
-        return dropout_add_norm(self.dropout2, self.norm2, self._feed_forward(x), x)
+        torchs = src.is_nested or hooked(*parts)
+        forward = torch.nn.TransformerEncoderLayer.forward if torchs else _EncoderLayer.forward
+        return forward(self, src, src_mask, src_key_padding_mask, is_causal)
 
 
-class TransformerDecoderLayer(Fused, torch.nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(_Layer, _DecoderLayer, torch.nn.TransformerDecoderLayer):
     """As TransformerEncoderLayer."""
 
     original = torch.nn.TransformerDecoderLayer
-
-    _feed_forward: Any = _Layer._feed_forward
 
     def forward(
         self,
@@ -149,30 +142,9 @@ class TransformerDecoderLayer(Fused, torch.nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         norms = self.norm1, self.norm2, self.norm3
-        if hooked(*norms, self.dropout, self.dropout1, self.dropout2, self.dropout3):
-            return super().forward(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
-                memory_key_padding_mask, tgt_is_causal, memory_is_causal,
-            )  # fmt: skip
-
-        def attend(x: Tensor) -> Tensor:
-            return self.self_attn(
-                x, x, x, tgt_key_padding_mask, need_weights=False, attn_mask=tgt_mask,
-                is_causal=tgt_is_causal,
-            )[0]  # fmt: skip
-
-        def attend_to_memory(x: Tensor) -> Tensor:
-            return self.multihead_attn(
-                x, memory, memory, memory_key_padding_mask, need_weights=False,
-                attn_mask=memory_mask, is_causal=memory_is_causal,
-            )[0]  # fmt: skip
-
-        if self.norm_first:
-            x = attend(_norm(self.norm1, tgt))
-            x, residual = dropout_add_norm(self.dropout1, self.norm2, x, tgt, prenorm=True)
-            x = attend_to_memory(x)
-            x, residual = dropout_add_norm(self.dropout2, self.norm3, x, residual, prenorm=True)
-            return residual + self.dropout3(self._feed_forward(x))
-        x = dropout_add_norm(self.dropout1, self.norm1, attend(tgt), tgt)
-        x = dropout_add_norm(self.dropout2, self.norm2, attend_to_memory(x), x)
-        return dropout_add_norm(self.dropout3, self.norm3, self._feed_forward(x), x)
+        torchs = hooked(*norms, self.dropout, self.dropout1, self.dropout2, self.dropout3)
+        forward = torch.nn.TransformerDecoderLayer.forward if torchs else _DecoderLayer.forward
+        return forward(
+            self, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+            memory_key_padding_mask, tgt_is_causal, memory_is_causal,
+        )  # fmt: skip

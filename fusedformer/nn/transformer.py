@@ -36,13 +36,34 @@ class _Layer(torch.nn.Module):
     A DropoutAddLayerNorm is one kernel for all but the sublayer, in pre-norm together with the norm
     that the next sublayer begins with. So the first pre-norm adds nothing up, and what the last
     sublayer gives is added by itself.
+
+    The layers that fuse() makes of torch's own have other parts, and methods that norm with them.
     """
 
+    norm_first: bool
+    self_attn: torch.nn.MultiheadAttention
+    dropout: torch.nn.Dropout
     norm1: torch.nn.LayerNorm  # in post-norm, a DropoutAddLayerNorm
 
-    def __init__(self, norm_first: bool) -> None:
-        super().__init__()
-        self.norm_first = norm_first
+    def _run(self, x: Tensor, *sublayers: Activation) -> Tensor:
+        if not self.norm_first:
+            for number, sublayer in enumerate(sublayers, 1):
+                x = self._add_norm(number, sublayer(x), x)
+            return x
+        x, residual = self._first_norm(x), x
+        for number, sublayer in enumerate(sublayers[:-1], 2):
+            x, residual = self._add_norm(number, sublayer(x), residual)
+        return residual + getattr(self, f"dropout{len(sublayers)}")(sublayers[-1](x))
+
+    def _first_norm(self, x: Tensor) -> Tensor:
+        return self.norm1(x)
+
+    def _add_norm(self, number: int, x: Tensor, residual: Tensor) -> Any:
+        """The norm of that number of residual + dropout(x); in pre-norm that sum, too."""
+        if not self.norm_first:
+            # Under autocast sublayers give 16 bits. The sums have the input's dtype, as pre-norm's.
+            x = x.to(residual.dtype)
+        return getattr(self, f"norm{number}")(x, residual)
 
     def _make_feed_forward(
         self,
@@ -84,43 +105,16 @@ class _Layer(torch.nn.Module):
         return self.linear2(bias_activation(hidden, bias, name, p))
 
 
-class TransformerEncoderLayer(_Layer):
-    """``torch.nn.TransformerEncoderLayer``: same arguments, same state_dict.
+def _attend(
+    attention: torch.nn.Module, x: Tensor, memory: Tensor, mask: "Tensor | None",
+    padding: "Tensor | None", is_causal: bool,
+) -> Tensor:  # fmt: skip
+    return attention(
+        x, memory, memory, padding, need_weights=False, attn_mask=mask, is_causal=is_causal
+    )[0]
 
-    Self-attention and a feed-forward net, each with dropout, the residual sum and a layer norm,
-    which norms before the sublayer with norm_first, else after it. The dropout of a sublayer's
-    output is the attribute ``p`` of the norm that follows it.
-    """
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: "str | Activation" = functional.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: "torch.device | str | None" = None,
-        dtype: "torch.dtype | None" = None,
-    ) -> None:
-        super().__init__(norm_first)
-        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.self_attn = MultiheadAttention(
-            d_model, nhead, dropout, batch_first=batch_first, **options
-        )
-        self._make_feed_forward(d_model, dim_feedforward, dropout, activation, **options)
-        norms: dict[str, Any] = {"eps": layer_norm_eps, **options}
-        if norm_first:
-            self.norm1 = LayerNorm(d_model, **norms)
-            self.norm2 = DropoutAddLayerNorm(d_model, dropout, prenorm=True, **norms)
-            self.dropout2 = Dropout(dropout)
-        else:
-            self.norm1 = DropoutAddLayerNorm(d_model, dropout, **norms)
-            self.norm2 = DropoutAddLayerNorm(d_model, dropout, **norms)
-
+class _EncoderLayer(_Layer):
     def forward(
         self,
         src: Tensor,
@@ -139,58 +133,13 @@ class TransformerEncoderLayer(_Layer):
         """
 
         def attend(x: Tensor) -> Tensor:
-            return self.self_attn(
-                x, x, x, src_key_padding_mask, need_weights=False, attn_mask=src_mask,
-                is_causal=is_causal,
-            )[0]  # fmt: skip
+            return _attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
 
-        if self.norm_first:
-            x, residual = self.norm2(attend(self.norm1(src)), src)
-            return residual + self.dropout2(self._feed_forward(x))
-        # Under autocast sublayers give 16 bits. The sums have the dtype of src, as pre-norm's.
-        x = self.norm1(attend(src).to(src.dtype), src)
-        return self.norm2(self._feed_forward(x).to(src.dtype), x)
+        return self._run(src, attend, self._feed_forward)
 
 
-class TransformerDecoderLayer(_Layer):
-    """``torch.nn.TransformerDecoderLayer``: same arguments, same state_dict.
-
-    As TransformerEncoderLayer, with attention to an encoder's output between the two sublayers.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: "str | Activation" = functional.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: "torch.device | str | None" = None,
-        dtype: "torch.dtype | None" = None,
-    ) -> None:
-        super().__init__(norm_first)
-        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.self_attn = MultiheadAttention(
-            d_model, nhead, dropout, batch_first=batch_first, **options
-        )
-        self.multihead_attn = MultiheadAttention(
-            d_model, nhead, dropout, batch_first=batch_first, **options
-        )
-        self._make_feed_forward(d_model, dim_feedforward, dropout, activation, **options)
-        norms: dict[str, Any] = {"eps": layer_norm_eps, **options}
-        if norm_first:
-            self.norm1 = LayerNorm(d_model, **norms)
-            self.norm2 = DropoutAddLayerNorm(d_model, dropout, prenorm=True, **norms)
-            self.norm3 = DropoutAddLayerNorm(d_model, dropout, prenorm=True, **norms)
-            self.dropout3 = Dropout(dropout)
-        else:
-            self.norm1 = DropoutAddLayerNorm(d_model, dropout, **norms)
-            self.norm2 = DropoutAddLayerNorm(d_model, dropout, **norms)
-            self.norm3 = DropoutAddLayerNorm(d_model, dropout, **norms)
+class _DecoderLayer(_Layer):
+    multihead_attn: torch.nn.MultiheadAttention
 
     def forward(
         self,
@@ -216,25 +165,96 @@ class TransformerDecoderLayer(_Layer):
         """
 
         def attend(x: Tensor) -> Tensor:
-            return self.self_attn(
-                x, x, x, tgt_key_padding_mask, need_weights=False, attn_mask=tgt_mask,
-                is_causal=tgt_is_causal,
-            )[0]  # fmt: skip
+            return _attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
 
         def attend_to_memory(x: Tensor) -> Tensor:
-            return self.multihead_attn(
-                x, memory, memory, memory_key_padding_mask, need_weights=False,
-                attn_mask=memory_mask, is_causal=memory_is_causal,
-            )[0]  # fmt: skip
+            return _attend(
+                self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask,
+                memory_is_causal,
+            )  # fmt: skip
 
-        if self.norm_first:
-            x, residual = self.norm2(attend(self.norm1(tgt)), tgt)
-            x, residual = self.norm3(attend_to_memory(x), residual)
-            return residual + self.dropout3(self._feed_forward(x))
-        # Under autocast sublayers give 16 bits. The sums have the dtype of tgt, as pre-norm's.
-        x = self.norm1(attend(tgt).to(tgt.dtype), tgt)
-        x = self.norm2(attend_to_memory(x).to(tgt.dtype), x)
-        return self.norm3(self._feed_forward(x).to(tgt.dtype), x)
+        return self._run(tgt, attend, attend_to_memory, self._feed_forward)
+
+
+class TransformerEncoderLayer(_EncoderLayer):
+    """``torch.nn.TransformerEncoderLayer``: same arguments, same state_dict.
+
+    Self-attention and a feed-forward net, each with dropout, the residual sum and a layer norm,
+    which norms before the sublayer with norm_first, else after it. The dropout of a sublayer's
+    output is the attribute ``p`` of the norm that follows it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: "str | Activation" = functional.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: "torch.device | str | None" = None,
+        dtype: "torch.dtype | None" = None,
+    ) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.self_attn = MultiheadAttention(
+            d_model, nhead, dropout, batch_first=batch_first, **options
+        )
+        self._make_feed_forward(d_model, dim_feedforward, dropout, activation, **options)
+        norms: dict[str, Any] = {"eps": layer_norm_eps, **options}
+        if norm_first:
+            self.norm1 = LayerNorm(d_model, **norms)
+            self.norm2 = DropoutAddLayerNorm(d_model, dropout, prenorm=True, **norms)
+            self.dropout2 = Dropout(dropout)
+        else:
+            self.norm1 = DropoutAddLayerNorm(d_model, dropout, **norms)
+            self.norm2 = DropoutAddLayerNorm(d_model, dropout, **norms)
+
+
+class TransformerDecoderLayer(_DecoderLayer):
+    """``torch.nn.TransformerDecoderLayer``: same arguments, same state_dict.
+
+    As TransformerEncoderLayer, with attention to an encoder's output between the two sublayers.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: "str | Activation" = functional.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: "torch.device | str | None" = None,
+        dtype: "torch.dtype | None" = None,
+    ) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.self_attn = MultiheadAttention(
+            d_model, nhead, dropout, batch_first=batch_first, **options
+        )
+        self.multihead_attn = MultiheadAttention(
+            d_model, nhead, dropout, batch_first=batch_first, **options
+        )
+        self._make_feed_forward(d_model, dim_feedforward, dropout, activation, **options)
+        norms: dict[str, Any] = {"eps": layer_norm_eps, **options}
+        if norm_first:
+            self.norm1 = LayerNorm(d_model, **norms)
+            self.norm2 = DropoutAddLayerNorm(d_model, dropout, prenorm=True, **norms)
+            self.norm3 = DropoutAddLayerNorm(d_model, dropout, prenorm=True, **norms)
+            self.dropout3 = Dropout(dropout)
+        else:
+            self.norm1 = DropoutAddLayerNorm(d_model, dropout, **norms)
+            self.norm2 = DropoutAddLayerNorm(d_model, dropout, **norms)
+            self.norm3 = DropoutAddLayerNorm(d_model, dropout, **norms)
 
 
 # --- Stacks ---------------------------------------------------------------------------------------
