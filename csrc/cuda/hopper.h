@@ -25,7 +25,7 @@ namespace hopper {
 // ---- Threads -------------------------------------------------------------------------------
 
 __device__ __forceinline__ int thread_index();  // in the block, which is one-dimensional
-__device__ __forceinline__ int warp_index();    // of the thread in its block; uniform, and known to be
+__device__ __forceinline__ int warp_index();    // of the thread in its block; uniform, and known so
 __device__ __forceinline__ int lane();
 __device__ __forceinline__ int block_index();  // the grid is one-dimensional
 __device__ __forceinline__ int block_size();
@@ -81,8 +81,8 @@ template <typename Element>
 __device__ __forceinline__ Element from_float(float x);
 
 // ---- mbarriers -----------------------------------------------------------------------------
-// A uint64_t in shared memory, eight-byte aligned. A phase ends when `arrivals` have arrived and all
-// bytes expected have landed; then the next begins. The first has parity 0.
+// A uint64_t in shared memory, eight-byte aligned. A phase ends when `arrivals` have arrived and
+// all bytes expected have landed; then the next begins. The first has parity 0.
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals);
 // By the initialising thread, after the last mbarrier_init and before a barrier of the block.
@@ -95,7 +95,8 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t byte
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 
 // This thread's writes to shared memory so far become visible to the async proxy
-// (`fence.proxy.async.shared::cta`); a barrier must follow, unless this thread itself starts the copy.
+// (`fence.proxy.async.shared::cta`); a barrier must follow, unless this thread itself starts the
+// copy.
 __device__ __forceinline__ void fence_async();
 
 // ---- TMA: copies of boxes of 4-D tensors ---------------------------------------------------
@@ -109,12 +110,14 @@ struct alignas(64) TensorMap {
 };
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map);
-__device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, uint64_t* barrier, int d, int n, int h,
-                         int b);
-__device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int d, int n, int h, int b);
+__device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, uint64_t* barrier,
+                                         int d, int n, int h, int b);
+__device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int d, int n,
+                                          int h, int b);
 
 // Plain bytes, in multiples of 16 and aligned to 16 at both ends.
-__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes,
+                                          uint64_t* barrier);
 // global[i] += shared[i], each addition atomic, in no particular order.
 __device__ __forceinline__ void bulk_reduce_add(float* global, const float* shared, uint32_t bytes);
 
@@ -153,12 +156,12 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers);
 // Both operands in shared memory. As it stands, a is 64 rows of k and b is N rows of k (that is
 // b^T, "K-major"); transposed, a is k rows of 64 and b is k rows of N.
 template <int N, typename Element, bool kTransposeA = false, bool kTransposeB = false>
-__device__ __forceinline__ void wgmma_ss(float (&acc)[N / 2], uint64_t descriptor_a, uint64_t descriptor_b,
-                         bool accumulate);
+__device__ __forceinline__ void wgmma_ss(float (&acc)[N / 2], uint64_t descriptor_a,
+                                         uint64_t descriptor_b, bool accumulate);
 // a in registers, which must not change until waited for.
 template <int N, typename Element, bool kTransposeB = false>
-__device__ __forceinline__ void wgmma_rs(float (&acc)[N / 2], const uint32_t (&a)[4], uint64_t descriptor_b,
-                         bool accumulate);
+__device__ __forceinline__ void wgmma_rs(float (&acc)[N / 2], const uint32_t (&a)[4],
+                                         uint64_t descriptor_b, bool accumulate);
 
 // Four 8 x 8 matrices of 16-bit elements from registers to shared memory (`stmatrix`). Lane l gives
 // the address of row l % 8 (eight elements, 16-byte aligned) of matrix l / 8. Matrix m is
