@@ -32,8 +32,15 @@ struct NormBackward {
   bool stream;
 };
 
+// Up to this width the forward has two rows at hand at a time: their z, the weight and the bias, in
+// float32, are half of a 32 KB cache.
+constexpr int64_t kNormTurns = 1024;
+// From one row of the forward's buffer to the next: whole cache lines, and what a last vector
+// writes beyond.
+constexpr int64_t norm_pitch(int64_t width) { return (width + 31) / 16 * 16; }
+
 struct NormKernels {
-  // row: (width,) floats; bits: mask_room(calls).
+  // row: 2 norm_pitch(width) floats (backward: width); bits: mask_room(calls).
   void (*forward)(const NormForward&, int64_t first, int64_t last, float* row, uint16_t* bits);
   // weight_sums, bias_sums: (width,), of these rows; missing where not wanted.
   void (*backward)(const NormBackward&, int64_t first, int64_t last, float* row, uint16_t* bits,

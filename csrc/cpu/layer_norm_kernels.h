@@ -28,11 +28,26 @@ void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, u
   const int64_t ahead = a.stream ? a.x.stride : 0;
   const Floats scale = splat(a.dropout.scale);
   Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, bits);
+
+  // Where the buffers of two rows stay in the nearest cache, a row is finished between the passes
+  // of the next one, so that nothing waits for a sum, a root or a quotient.
+  const bool in_turns = width <= kNormTurns;
+  float mean = 0.0f;
+  const auto finish = [&](int64_t row, const float* z_row, float its_mean) {
+    X* y = row_to<X>(a.y, row);
+    const Floats centre = splat(its_mean), factor = splat(a.rstd[row]);
+    for_columns<2>(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+      const Floats normed = (load(z_row + column, n) - centre) * factor;
+      const Floats out = fma(normed, load(weight + column, n), load(bias + column, n));
+      put(y + column, out, n, past_caches);
+    });
+  };
   for (int64_t row = first; row < last; ++row) {
+    float* z_row = in_turns ? buffer + row % 2 * norm_pitch(width) : buffer;
+    const float mean_before = mean;
     const X* x = row_of<X>(a.x, row);
     const Z* residual = a.residual.data ? row_of<Z>(a.residual, row) : nullptr;
     Z* z_out = a.z.data ? row_to<Z>(a.z, row) : nullptr;
-    X* y = row_to<X>(a.y, row);
     const uint16_t* keep = masks.of(row);
 
     // The sum of squares is RMS norm's; layer norm's are those about the mean.
@@ -40,33 +55,29 @@ void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, u
     for_columns<2>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
       if (ahead) __builtin_prefetch(x + ahead + column);
       const Floats z = made_z(x, residual, keep, scale, column, n);
-      store(buffer + column, z, n);
+      store(z_row + column, z, n);
       if (z_out) put(z_out + column, z, n, past_caches);
       const Floats addend = inside(z, n);
       sums.v[u] = sums.v[u] + addend;
       squares.v[u] = fma(addend, addend, squares.v[u]);
     });
-    float mean = 0.0f, variance = squares.total() * inverse_width;
+    mean = a.mean ? sums.total() * inverse_width : 0.0f;
+    if (in_turns && row > first)
+      finish(row - 1, buffer + (row - 1) % 2 * norm_pitch(width), mean_before);
+    float variance = squares.total() * inverse_width;
     if (a.mean) {
-      mean = sums.total() * inverse_width;
-      masks.prepare(row + 1);
+      if (!in_turns) masks.prepare(row + 1);
       const Floats centre = splat(mean);
       Sums<4> about_mean;
       for_columns<4>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
-        const Floats d = inside(load(buffer + column, n) - centre, n);
+        const Floats d = inside(load(z_row + column, n) - centre, n);
         about_mean.v[u] = fma(d, d, about_mean.v[u]);
       });
       variance = about_mean.total() * inverse_width;
       a.mean[row] = mean;
     }
-    const float rstd = 1.0f / sqrtf(variance + a.eps);
-    a.rstd[row] = rstd;
-    const Floats centre = splat(mean), factor = splat(rstd);
-    for_columns<2>(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
-      const Floats normed = (load(buffer + column, n) - centre) * factor;
-      const Floats out = fma(normed, load(weight + column, n), load(bias + column, n));
-      put(y + column, out, n, past_caches);
-    });
+    a.rstd[row] = 1.0f / sqrtf(variance + a.eps);
+    if (!in_turns || row + 1 == last) finish(row, z_row, mean);
   }
   if (a.stream) fence();
 }

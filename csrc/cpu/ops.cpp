@@ -107,7 +107,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> dropout_add_layer_nor
   a.stream = past_caches(rows, width, {a.y, a.z});
   const NormKernels& kernels = FUSEDFORMER_PICK(norm_kernels);
   torch::stable::parallel_for(0, rows, divided_up(kGrain, width), [&](int64_t first, int64_t last) {
-    const Scratch<float> row(width);
+    const Scratch<float> row(2 * norm_pitch(width));
     const Scratch<uint16_t> bits(mask_room(divided_up(width, kMaskBits)));
     kernels.forward(a, first, last, row.data(), bits.data());
   });
