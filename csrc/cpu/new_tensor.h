@@ -15,7 +15,7 @@ inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes,
                                            torch::headeronly::ScalarType dtype) {
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
 }
