@@ -67,7 +67,7 @@ FUSEDFORMER_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, u
 // `address`: of the tile's row (a multiple of 8) where the operand begins. Groups of 8 rows are
 // 1024 bytes apart; the leading offset is not used.
 FUSEDFORMER_HOST_DEVICE constexpr uint64_t k_major_descriptor(uint32_t address) {
-  return matrix_descriptor(address, 16, 8 * kPanelRowBytes);
+  return matrix_descriptor(address, 0, 8 * kPanelRowBytes);
 }
 // What to add for columns 16 k to 16 k + 15 of a tile of `rows` rows.
 FUSEDFORMER_HOST_DEVICE constexpr uint64_t k_major_step(int rows, int k) {

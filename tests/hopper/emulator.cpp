@@ -5,13 +5,18 @@
 // done as early or as late as the chip may: a copy lands, and a product is computed, somewhere
 // between its start and the wait for it. Until then accumulators hold NaN. Shared memory starts out
 // as NaN, too. Shared memory that TMA or wgmma touch after an ordinary write without fence_async()
-// is an error: at each switch the emulator looks what the thread has written.
+// is an error: at each switch the emulator looks what the thread has written. A wrong order between
+// ordinary accesses is found only if some seed brings it about, so tests try several.
 //
-// This file: threads, barriers, shared memory. emulator_tma.cpp: copies. emulator_wgmma.cpp: products.
+// What it does not know: time, caches, banks, weak memory order between blocks, clusters.
+//
+// Here: who runs when. emulator_block.cpp: what the threads of a block share. emulator_tma.cpp:
+// copies. emulator_wgmma.cpp: products.
 
 // Its longjmp takes a switch to another stack for an error.
 #undef _FORTIFY_SOURCE
 
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -34,7 +39,8 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024, kPageBytes = 4096;
 constexpr int kSpinLimit = 1000000;
-constexpr int kSharedLimit = 227 * 1024, kRegisterFile = 64 * 1024;
+constexpr size_t kSharedLimit = 227 * 1024;
+constexpr int kRegisterFile = 64 * 1024;
 
 jmp_buf scheduler;
 const std::function<void()>* kernel = nullptr;
@@ -91,7 +97,10 @@ void fiber_main() {
   look_at_writes();
   check_thread_end(*current);
   current->finished = true;
-  --current->block->alive;
+  Block* block = current->block;
+  if (--block->alive == 0)
+    for (const auto& copy : copies)
+      if (copy->block == block && copy->is_load()) fail("the block ends before its last load lands");
   _longjmp(scheduler, 1);
 }
 
@@ -123,6 +132,31 @@ void step_a_copy() {
   if (!copies[i]->step()) return;
   --block->copies;
   copies.erase(copies.begin() + i);
+}
+
+// A fault in a thread of the kernel: there is no way back, but a word of where.
+void say_where(int signal, siginfo_t* info, void*) {
+  const std::string where = current ? name(*current) : "the emulator";
+  fprintf(stderr, "emulator: signal %d in %s, address %p", signal, where.c_str(), info->si_addr);
+  if (current)
+    fprintf(stderr, " (byte %td of its %zu of shared memory)",
+            static_cast<unsigned char*>(info->si_addr) - current->block->shared,
+            launch.shared_bytes);
+  fprintf(stderr, "\n");
+  _exit(3);
+}
+
+void catch_faults() {
+  static unsigned char stack[64 * 1024];
+  stack_t alternative{};
+  alternative.ss_sp = stack;
+  alternative.ss_size = sizeof stack;
+  sigaltstack(&alternative, nullptr);
+  struct sigaction action {};
+  action.sa_sigaction = say_where;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, nullptr);
+  sigaction(SIGBUS, &action, nullptr);
 }
 
 std::string deadlock(const std::list<Block>& blocks) {
@@ -250,12 +284,20 @@ void maybe_switch() {
   if (random_below(4) == 0) yield();
 }
 
+int load_acquire(const int* global) {
+  ++spins;
+  current->waiting =
+      text("load_acquire(%p), which is %d", static_cast<const void*>(global), *global);
+  yield();
+  return *global;
+}
+
 void run(const Launch& requested, const std::function<void()>& function) {
   launch = requested;
   if (launch.threads <= 0 || launch.threads % 32 || launch.threads > 1024)
     throw std::runtime_error("emulator: threads must be a multiple of 32, up to 1024");
   if (launch.shared_bytes > kSharedLimit)
-    throw std::runtime_error(text("emulator: %zu bytes of shared memory; a block has at most %d",
+    throw std::runtime_error(text("emulator: %zu bytes of shared memory; a block has at most %zu",
                                   launch.shared_bytes, kSharedLimit));
   if (!launch.registers)
     launch.registers = std::min(kRegisterFile / launch.threads / 8 * 8, 248);
@@ -269,6 +311,7 @@ void run(const Launch& requested, const std::function<void()>& function) {
   error.clear();
   spins = 0;
 
+  catch_faults();
   Stage stage;
   int next = 0;
   while (next < launch.grid || !stage.blocks().empty()) {
@@ -280,203 +323,6 @@ void run(const Launch& requested, const std::function<void()>& function) {
     if (!runnable.empty()) resume(take_runnable());
     stage.remove_finished();
   }
-}
-
-// ---- Threads -------------------------------------------------------------------------------
-
-int thread_index() { return current->thread; }
-int block_index() { return current->block->index; }
-int block_size() { return launch.threads; }
-int grid_size() { return launch.grid; }
-int leader_lane() { return static_cast<int>((launch.seed * 2654435761u >> 7) % 32); }
-
-void warp_barrier(const char* what) {
-  WarpState& warp = current->block->warps[current->thread / 32];
-  const uint64_t generation = warp.generation;
-  if (++warp.arrived == 32) {
-    warp.arrived = 0;
-    ++warp.generation;
-    wake(warp.event);
-    return;
-  }
-  while (warp.generation == generation)
-    sleep_on(warp.event, text("the rest of its warp at %s", what));
-}
-
-const uint64_t* warp_exchange(uint64_t word, const char* what) {
-  WarpState& warp = current->block->warps[current->thread / 32];
-  // Two sets: a lane that is ahead writes into the other.
-  uint64_t* words = warp.words[current->parity];
-  current->parity ^= 1;
-  words[current->thread % 32] = word;
-  warp_barrier(what);
-  return words;
-}
-
-namespace {
-
-NamedBarrier& arrive(int id, int threads) {
-  if (id < 0 || id > 15 || threads <= 0 || threads % 32 || threads > launch.threads)
-    fail(text("barrier %d of %d threads does not exist", id, threads));
-  NamedBarrier& barrier = current->block->barriers[id];
-  if (barrier.arrived && barrier.threads != threads)
-    fail(text("barrier %d: %d threads, where others said %d", id, threads, barrier.threads));
-  barrier.threads = threads;
-  if (++barrier.arrived == threads) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    wake(barrier.event);
-  }
-  return barrier;
-}
-
-}  // namespace
-
-void barrier_sync(int id, int threads) {
-  const uint64_t generation = current->block->barriers[id & 15].generation;
-  NamedBarrier& barrier = arrive(id, threads);
-  while (barrier.generation == generation)
-    sleep_on(barrier.event, text("barrier %d of %d threads", id, threads));
-}
-
-void barrier_arrive(int id, int threads) {
-  arrive(id, threads);
-  maybe_switch();
-}
-
-void set_registers(int count, bool up) {
-  warp_barrier("setmaxnreg");
-  Block& block = *current->block;
-  int& mine = block.warp_registers[current->thread / 32];
-  if (current->thread % 32 == 0) {
-    if (up ? count < mine : count > mine)
-      fail(text("setmaxnreg: from %d registers %s to %d", mine, up ? "up" : "down", count));
-    while (block.free_registers < (count - mine) * 32)
-      sleep_on(block.registers_event, text("%d registers", count));
-    block.free_registers -= (count - mine) * 32;
-    mine = count;
-    wake(block.registers_event);
-  }
-  warp_barrier("setmaxnreg");
-}
-
-int load_acquire(const int* global) {
-  ++spins;
-  current->waiting = text("load_acquire(%p), which is %d", static_cast<const void*>(global), *global);
-  yield();
-  return *global;
-}
-
-// ---- Shared memory -------------------------------------------------------------------------
-
-unsigned char* shared_memory() { return current->block->shared; }
-
-uint32_t shared_offset(const void* shared, const char* what) {
-  const ptrdiff_t offset = static_cast<const unsigned char*>(shared) - current->block->shared;
-  if (offset < 0 || static_cast<size_t>(offset) > launch.shared_bytes)
-    fail(text("%s: %p is not in shared memory", what, shared));
-  return static_cast<uint32_t>(offset);
-}
-
-uint32_t shared_address(const void* shared) {
-  return shared_offset(shared, "shared_address") + kSharedBase;
-}
-
-unsigned char* shared_bytes(Block& block, uint32_t offset, size_t size, const char* what) {
-  if (offset + size > launch.shared_bytes)
-    fail_anywhere(text("%s: bytes %u to %zu of shared memory, which has %zu", what, offset,
-                       offset + size, launch.shared_bytes));
-  return block.shared + offset;
-}
-
-void look_at_writes() {
-  if (!launch.check_fences) return;
-  Block& block = *current->block;
-  unsigned char* seen = block.seen.data();
-  constexpr size_t kStep = 1024;
-  if (memcmp(seen, block.shared, block.seen.size()) == 0) return;
-  for (size_t chunk = 0; chunk < block.seen.size(); chunk += kStep) {
-    if (memcmp(seen + chunk, block.shared + chunk, kStep) == 0) continue;
-    for (size_t i = chunk; i < chunk + kStep; i += 16) {
-      if (memcmp(seen + i, block.shared + i, 16) == 0) continue;
-      if (i + 16 > (launch.shared_bytes + 15) / 16 * 16)
-        fail(text("writes past its %zu bytes of shared memory", launch.shared_bytes));
-      memcpy(seen + i, block.shared + i, 16);
-      block.writer[i / 16] = current->thread;
-      current->dirty.push_back(static_cast<int>(i / 16));
-    }
-  }
-}
-
-void fence_async() {
-  look_at_writes();
-  for (int granule : current->dirty)
-    if (current->block->writer[granule] == current->thread)
-      current->block->writer[granule] = kNobody;
-  current->dirty.clear();
-}
-
-void check_fenced(Block& block, uint32_t offset, size_t size, const char* what) {
-  if (!launch.check_fences) return;
-  for (size_t granule = offset / 16; granule <= (offset + size - 1) / 16; ++granule)
-    if (block.writer[granule] != kNobody)
-      fail_anywhere(text("%s: byte %zu of shared memory, written by thread %d without fence_async()",
-                         what, granule * 16, block.writer[granule]));
-}
-
-void write_shared(Block& block, uint32_t offset, const void* data, size_t size) {
-  memcpy(block.shared + offset, data, size);
-  memcpy(block.seen.data() + offset, data, size);
-}
-
-// ---- mbarriers -----------------------------------------------------------------------------
-
-Mbarrier& find_mbarrier(Block& block, uint32_t offset, const char* what) {
-  auto found = block.mbarriers.find(offset);
-  if (found == block.mbarriers.end())
-    fail_anywhere(text("%s: no mbarrier was initialised at byte %u of shared memory", what, offset));
-  return found->second;
-}
-
-void settle(Mbarrier& barrier) {
-  if (barrier.pending || barrier.bytes) return;
-  barrier.pending = barrier.arrivals;
-  ++barrier.phase;
-  wake(barrier.event);
-}
-
-void mbarrier_init(uint64_t* barrier, int arrivals) {
-  const uint32_t offset = shared_offset(barrier, "mbarrier_init");
-  if (offset % 8 || arrivals < 1) fail("mbarrier_init: misaligned, or no arrivals");
-  shared_bytes(*current->block, offset, 8, "mbarrier_init");
-  if (current->block->mbarriers.count(offset)) fail("mbarrier_init: twice at one place");
-  Mbarrier& made = current->block->mbarriers[offset];
-  made.arrivals = made.pending = arrivals;
-}
-
-void mbarrier_init_fence() {
-  for (auto& item : current->block->mbarriers) item.second.fenced = true;
-}
-
-void mbarrier_arrive(uint64_t* at, uint32_t expected_bytes) {
-  Mbarrier& barrier =
-      find_mbarrier(*current->block, shared_offset(at, "mbarrier_arrive"), "mbarrier_arrive");
-  if (barrier.pending == 0)
-    fail(text("mbarrier at byte %u: more than %d arrivals in one phase",
-              shared_offset(at, "mbarrier_arrive"), barrier.arrivals));
-  barrier.bytes += expected_bytes;
-  --barrier.pending;
-  settle(barrier);
-  maybe_switch();
-}
-
-void mbarrier_wait(uint64_t* at, uint32_t parity) {
-  const uint32_t offset = shared_offset(at, "mbarrier_wait");
-  Mbarrier& barrier = find_mbarrier(*current->block, offset, "mbarrier_wait");
-  if (parity > 1) fail(text("mbarrier_wait: parity %u", parity));
-  while (barrier.phase % 2 == parity)
-    sleep_on(barrier.event, text("mbarrier at byte %u, parity %u (%d arrivals and %ld bytes missing)",
-                                 offset, parity, barrier.pending, static_cast<long>(barrier.bytes)));
 }
 
 }  // namespace emulator

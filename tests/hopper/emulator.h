@@ -23,7 +23,7 @@ struct Launch {
   size_t shared_bytes = 0;    // dynamic shared memory of a block
   uint64_t seed = 0;          // of the order of events, which is another for each
   int resident = 1;           // blocks that run at once; the others follow, lowest index first
-  int registers = 0;          // per thread at the start; 0: what __launch_bounds__(threads, 1) allows
+  int registers = 0;          // per thread at the start; 0: as __launch_bounds__(threads, 1) has it
   bool check_fences = true;   // find shared memory that lacks fence_async; costs time
 };
 

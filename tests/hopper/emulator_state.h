@@ -51,7 +51,7 @@ struct Fiber {
   Block* block;
   std::string waiting;  // for what, in the report of a deadlock
   int parity = 0;       // of its warp's exchanges
-  std::vector<int> dirty;  // granules of 16 bytes that it wrote without fence_async since
+  std::vector<size_t> dirty;  // granules of 16 bytes that it wrote without fence_async since
   std::deque<std::shared_ptr<StoreGroup>> stores;
   std::shared_ptr<StoreGroup> open_stores;
   size_t issued = 0;                 // products of wgmma
@@ -119,6 +119,7 @@ struct Block {
 struct Copy {
   Block* block;
   virtual bool step() = 0;
+  virtual bool is_load() const { return false; }
   virtual ~Copy() = default;
 };
 
@@ -131,7 +132,7 @@ std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string name(const Fiber& fiber);
 [[noreturn]] void fail_anywhere(const std::string& what);
 
-// Gives others their turn until somebody wakes the event; `waiting` is for the report of a deadlock.
+// Gives others their turn until somebody wakes the event. `waiting`: for the report of a deadlock.
 void sleep_on(Event& event, std::string waiting);
 void wake(Event& event);
 

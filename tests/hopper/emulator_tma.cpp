@@ -27,7 +27,8 @@ Map read_map(const hopper::TensorMap& map, const char* what) {
   Map out;
   memcpy(&out, &map, sizeof out);
   if (out.magic != kMagic) fail(text("%s: not a tensor map", what));
-  if (reinterpret_cast<uintptr_t>(&map) % 64) fail(text("%s: the map is not 64-byte aligned", what));
+  if (reinterpret_cast<uintptr_t>(&map) % 64)
+    fail(text("%s: the map is not 64-byte aligned", what));
   return out;
 }
 
@@ -97,6 +98,8 @@ struct TensorLoad : Copy {
   uint32_t offset, barrier;
   int at[4];
 
+  bool is_load() const override { return true; }
+
   bool step() override {
     check_fenced(*block, offset, box_bytes(map), "tma_load overwrites");
     const uint64_t zero = 0;
@@ -112,6 +115,8 @@ struct TensorLoad : Copy {
 struct BulkLoad : Copy {
   const void* global;
   uint32_t offset, bytes, barrier;
+
+  bool is_load() const override { return true; }
 
   bool step() override {
     check_fenced(*block, offset, bytes, "bulk_load overwrites");

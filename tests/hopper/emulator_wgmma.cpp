@@ -97,6 +97,7 @@ void execute(WarpgroupProduct& work) {
 
 // Does the warpgroup's products up to number `end`, which all threads have asked for.
 void execute_until(Warpgroup& group, size_t end) {
+  look_at_writes();
   for (; group.first < end; ++group.first) {
     execute(group.products.front());
     group.products.pop_front();

@@ -75,7 +75,8 @@ inline Element from_float(float x) {
 }
 template <typename Element>
 inline uint32_t pack(float low, float high) {
-  return from_float<Element>(low).bits | static_cast<uint32_t>(from_float<Element>(high).bits) << 16;
+  const uint32_t upper = from_float<Element>(high).bits;
+  return from_float<Element>(low).bits | upper << 16;
 }
 template <typename Element>
 inline void unpack(uint32_t packed, float& low, float& high) {
@@ -155,7 +156,7 @@ inline void wgmma_rs(float (&acc)[N / 2], const uint32_t (&a)[4], uint64_t descr
 
 template <bool kTransposed>
 inline void store_matrices(void* shared_row, const uint32_t (&registers)[4]) {
-  if (shared_address(shared_row) % 16) emulator::fail("store_matrices: a row is not 16-byte aligned");
+  if (shared_address(shared_row) % 16) emulator::fail("store_matrices: a row is misaligned");
   uint16_t row[8];
   for (int m = 0; m < 4; ++m) {
     const uint64_t* words = emulator::warp_exchange(registers[m], "store_matrices");
