@@ -79,7 +79,7 @@ def test_constraints_pin_what_the_tests_need():
 
 def test_kernels_and_transformer_stay_namespaces():
     """With an __init__.py, a checkout on sys.path would shadow Hugging Face's kernels."""
-    for folder in ("kernels", "kernels/triton", "transformer", "benchmarks"):
+    for folder in ("kernels", "kernels/cuda", "kernels/triton", "transformer", "benchmarks"):
         assert not (ROOT / folder / "__init__.py").exists()
 
 
