@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from fusedformer.nn.linear import linear
 from fusedformer.transformer.blocks import EncoderLayer, Stack
 from fusedformer.transformer.cache import KVCache
 from fusedformer.transformer.config import ModelConfig
@@ -133,7 +133,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., d_model) -> logits (..., vocab_size)."""
-        return functional.linear(hidden, self.token_embedding.weight)
+        return linear(hidden, self.token_embedding.weight)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """That of logits(hidden), which are never all there; see output_cross_entropy()."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fusedformer.kernels.activation import ACTIVATIONS, bias_activation
 from fusedformer.kernels.checks import shape
 from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
+from fusedformer.nn.linear import linear, linear_layer
 
 
 def check_activation(name: str, activation: str) -> None:
@@ -25,15 +25,15 @@ def check_activation(name: str, activation: str) -> None:
 
 
 def linear_activation(
-    linear: nn.Linear, x: Tensor, activation: str, dropout_p: float = 0.0
+    layer: nn.Linear, x: Tensor, activation: str, dropout_p: float = 0.0
 ) -> Tensor:
-    """dropout(activation(linear(x))); bias, activation and dropout are one kernel."""
+    """dropout(activation(layer(x))); bias, activation and dropout are one kernel."""
     if activation == "relu":
         # Its derivative jumps where the sum changes its sign, as a product that is rounded to
         # 16 bits before the bias is added can make it do.
-        return bias_activation(linear(x), None, activation, dropout_p)
-    product = functional.linear(x, linear.weight)
-    return bias_activation(product, linear.bias, activation, dropout_p)
+        return bias_activation(linear_layer(layer, x), None, activation, dropout_p)
+    product = linear(x, layer.weight)
+    return bias_activation(product, layer.bias, activation, dropout_p)
 
 
 def output_cross_entropy(
@@ -64,7 +64,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
         hidden = linear_activation(self.linear1, x, self.activation, p)  # (B, N, d_ff)
-        return self.linear2(hidden)
+        return linear_layer(self.linear2, hidden)
 
 
 def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from fusedformer.nn.linear import linear
 from fusedformer.transformer.blocks import DecoderLayer, EncoderLayer, Stack
 from fusedformer.transformer.cache import KVCache
 from fusedformer.transformer.config import ModelConfig
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., d_model) -> logits (..., vocab_size): the final linear layer."""
-        return functional.linear(hidden, self._output_weight())
+        return linear(hidden, self._output_weight())
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """That of logits(hidden), which are never all there; see output_cross_entropy()."""

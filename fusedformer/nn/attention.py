@@ -12,6 +12,7 @@ from torch.nn import functional
 from fusedformer.kernels import reference, rng
 from fusedformer.kernels.attention import attention
 from fusedformer.kernels.checks import shape
+from fusedformer.nn.linear import linear, linear_layer
 
 
 @functools.cache
@@ -123,7 +124,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             offsets=first if cache is None else None,
         )  # fmt: skip
         assert isinstance(out, Tensor)
-        output = self.out_proj(self._merge_heads(out, batched))
+        output = linear_layer(self.out_proj, self._merge_heads(out, batched))
         if not need_weights:
             return output, None
         if not torch.compiler.is_compiling():
@@ -182,15 +183,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         biases = [None] * 3 if bias is None else list(bias.chunk(3))
         projected: list[Tensor | None]
         if weight is not None and query is key and key is value:
-            projected = [*functional.linear(query, weight, bias).chunk(3, -1)]
+            projected = [*linear(query, weight, bias).chunk(3, -1)]
         elif weight is not None and key is not None and key is value:
             rest = None if bias is None else bias[width:]
-            keys_and_values = functional.linear(key, weight[width:], rest).chunk(2, -1)
-            projected = [functional.linear(query, weights[0], biases[0]), *keys_and_values]
+            keys_and_values = linear(key, weight[width:], rest).chunk(2, -1)
+            projected = [linear(query, weights[0], biases[0]), *keys_and_values]
         else:
             inputs = (query, key, None if key is None else value)
             projected = [
-                None if x is None else functional.linear(x, w, b)
+                None if x is None else linear(x, w, b)
                 for x, w, b in zip(inputs, weights, biases, strict=True)
             ]
         return [None if x is None else self._split_heads(x) for x in projected]
