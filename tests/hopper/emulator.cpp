@@ -100,7 +100,8 @@ void fiber_main() {
   Block* block = current->block;
   if (--block->alive == 0)
     for (const auto& copy : copies)
-      if (copy->block == block && copy->is_load()) fail("the block ends before its last load lands");
+      if (copy->block == block && copy->is_load())
+        fail("the block ends before its last load lands");
   _longjmp(scheduler, 1);
 }
 
