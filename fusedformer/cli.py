@@ -17,7 +17,7 @@ COMMANDS = {
     "aot": ("fusedformer.aot", "compile every GPU kernel without a GPU, and hold it to budgets"),
     "attention-map": ("fusedformer.use.attention_map", "draw which word a model looks at"),
     "bench": ("fusedformer.benchmarks.bench", "time the ops beside those of PyTorch and others"),
-    "build": ("fusedformer.build", "compile the C++ kernels ahead of their first use"),
+    "build": ("fusedformer.build", "compile the C++ and CUDA kernels ahead of their first use"),
     "classify": ("fusedformer.use.classify", "say which class an image or a text is of"),
     "data": ("fusedformer.data", "list and fetch the data sets that training knows"),
     "doctor": ("fusedformer.doctor", "say what each op runs on here, and why not on the rest"),

@@ -33,7 +33,8 @@ def examine() -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": _versions(),
-        "native": _native(),
+        "native": _native("cpu"),
+        "cuda": _native("cuda"),
         "transformers": _transformers(),
         "devices": devices,
         "ops": [_op(op, device["name"]) for device in devices for op in dispatch.OPS],
@@ -62,9 +63,9 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _native() -> dict[str, str | None]:
-    """The C++ library of the CPU backend (built, if it is not), or why there is none."""
-    module = dispatch.load("cpu", next(iter(dispatch.OPS)))
+def _native(backend: str) -> dict[str, str | None]:
+    """The library of a native backend, or why there is none. That of the CPU is built for this."""
+    module = dispatch.load(backend, "attention")
     return {"library": None, "error": "it cannot be imported"} if module is None else module.about()
 
 
@@ -150,6 +151,7 @@ def text(report: dict[str, Any]) -> str:
         f"torch       {versions['torch']} ({built_for})",
         f"triton      {triton}",
         *_wrapped(f"native      {_native_text(report['native'])}", ""),
+        *_wrapped(f"cuda        {_cuda_text(report['cuda'])}", ""),
     ]
     transformers = report["transformers"]
     if transformers["version"]:
@@ -179,6 +181,14 @@ def _native_text(native: dict[str, str | None]) -> str:
     if native["library"] is None:
         return f"none ({native['error']})"
     return f"{native['instruction_set']}, by {native['compiler']}: {native['library']}"
+
+
+def _cuda_text(cuda: dict[str, str | None]) -> str:
+    if cuda["library"] is not None:
+        return f"for {cuda['gpus']}: {cuda['library']}"
+    if cuda["error"] is not None:
+        return f"none ({cuda['error']})"
+    return f"not built; `fusedformer build cuda` does it, by {cuda['compiler']}"
 
 
 def _verdicts(row: dict[str, Any]) -> list[str]:

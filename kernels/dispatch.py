@@ -120,7 +120,7 @@ def _able(backend: str, op: str, question: str, *args: Any) -> "tuple[ModuleType
             return None, f"it cannot be imported ({last_line})"
         # linear_cross_entropy has no kernels but those of its file's op.
         if not any(hasattr(module, f"{name}_unsupported") for name in (op, OPS[op])):
-            return None, f"it has no {op} yet"
+            return None, "it does not have this op yet"
         asked = _questions[backend, op, question] = module, getattr(module, question)
     module, unsupported = asked
     reason = unsupported(*args)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fusedformer.kernels import rng
-from fusedformer.kernels.cuda.library import library, unsupported_device, unsupported_gpu
+from fusedformer.kernels.cuda.library import about, library, unsupported_device, unsupported_gpu
 
-__all__ = ["attention_bwd", "attention_fwd", "attention_unsupported", "unsupported_device"]
+__all__ = ["about", "attention_bwd", "attention_fwd", "attention_unsupported", "unsupported_device"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_DIM = 128
