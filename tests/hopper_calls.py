@@ -20,7 +20,8 @@ def build_emulator(folder: Path) -> list[Path]:
     objects = []
     for source in sorted(FOLDER.glob("emulator*.cpp")):
         objects.append(folder / f"{source.stem}.o")
-        subprocess.run([COMPILER, *FLAGS, f"-I{FOLDER}", "-c", source, "-o", objects[-1]], check=True)
+        command = [COMPILER, *FLAGS, f"-I{FOLDER}", "-c", source, "-o", objects[-1]]
+        subprocess.run(command, check=True)
     return objects
 
 
