@@ -190,14 +190,20 @@ __device__ __forceinline__ void load_tiles(const Attention& p, const ForwardMaps
 
 // ---- What the other warps share ------------------------------------------------------------------
 
+// A buffer has been read by this warp: by all its lanes, and they all have seen it full. A lane that
+// came late to that wait would find the parity of another phase.
+__device__ __forceinline__ void release(uint64_t* empty) {
+  sync_warp();
+  if (lane() == 0) mbarrier_arrive(empty);
+}
+
 // The next tile: each warp calls this once a tile.
 template <typename Element, typename Tile>
 __device__ __forceinline__ ForwardWork next_work(ForwardShared<Element, Tile>& s,
                                                  Cursor<2>& slot) {
   mbarrier_wait(&s.work_full[slot.at], slot.parity);
   const ForwardWork work = s.work[slot.at];
-  sync_warp();  // all lanes have read it
-  if (lane() == 0) mbarrier_arrive(&s.work_empty[slot.at]);
+  release(&s.work_empty[slot.at]);
   slot.next();
   return work;
 }
@@ -218,7 +224,7 @@ __device__ __forceinline__ void make_bits(const Attention& p, ForwardShared<Elem
           s.kept[kept.at], seed, p.threshold, static_cast<uint32_t>(p.offsets[0] + work.batch),
           static_cast<uint32_t>(p.offsets[1] + work.head), p.offsets[2] + work.first_query,
           p.offsets[3] + block * Tile::kKeys, thread_index() - 32, 96);
-      sync_warp();
+      sync_warp();  // all lanes have written
       if (lane() == 0) mbarrier_arrive(&s.kept_full[kept.at]);
     }
   }
@@ -244,11 +250,6 @@ __device__ __forceinline__ void take_turn(int consumer) {
 template <typename Tile>
 __device__ __forceinline__ void pass_turn(int consumer) {
   barrier_arrive(kTurn + (consumer + 1) % Tile::kConsumers, 2 * kWarpgroup);
-}
-
-// A buffer has been read by this warp.
-__device__ __forceinline__ void release(uint64_t* empty) {
-  if (lane() == 0) mbarrier_arrive(empty);
 }
 
 // Starts S = Q K^T, for the consumer's 64 queries.
@@ -318,19 +319,17 @@ __device__ __forceinline__ void soften(float (&scores)[kKeys / 2], float scale_l
   }
 }
 
-// Zeros for the probabilities that are dropped.
+// Zeros for the probabilities that are dropped. A block's bits come in step with its K.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void drop(float (&weights)[Tile::kKeys / 2], int consumer,
-                                     Cursor<Tile::kStages>& kept,
+                                     const Cursor<Tile::kStages>& kept,
                                      ForwardShared<Element, Tile>& s) {
   uint32_t bits[dropout_words(Tile::kKeys)];
   mbarrier_wait(&s.kept_full[kept.at], kept.parity);
 #pragma unroll
   for (int i = 0; i < dropout_words(Tile::kKeys); ++i)
     bits[i] = s.kept[kept.at][dropout_word(Tile::kKeys, 4 * consumer + warp_index() % 4, lane()) + i];
-  sync_warp();
   release(&s.kept_empty[kept.at]);
-  kept.next();
 #pragma unroll
   for (int i = 0; i < Tile::kKeys / 2; ++i)
     if (!dropout_kept(bits, i)) weights[i] = 0;
@@ -421,19 +420,13 @@ __device__ __forceinline__ void consume(const Attention& p, const ForwardMaps& m
   const int diagonal = static_cast<int>(p.diagonal);
   Cursor<2> slot;
   Cursor<1> query;
-  Cursor<Tile::kStages> key, value, kept;
+  Cursor<Tile::kStages> key, value;
   if (consumer == Tile::kConsumers - 1) pass_turn<Tile>(consumer);  // the first turn is 0's
 
   for (ForwardWork work; (work = next_work(s, slot)).batch >= 0; query.next()) {
     const int first_query = work.first_query + 64 * consumer;
     const int blocks = blocks_of<Tile>(p, work);
     const int whole = whole_key_blocks(first_query, work.length, diagonal, kKeys);
-    int visible[2];  // where the keys end that this thread's rows see
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      visible[r] = visible_keys(first_query + 16 * (warp_index() % 4) + lane() / 4 + 8 * r,
-                                work.length, diagonal);
-
     float out[Tile::kOutDim / 2], scores[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, rescale[2];
@@ -443,11 +436,17 @@ __device__ __forceinline__ void consume(const Attention& p, const ForwardMaps& m
     // S of a block to what V is multiplied with. Masks where some row does not see the whole block.
     const auto weigh = [&](int block) {
       if (block >= whole) {
-        const int left[2] = {visible[0] - block * kKeys, visible[1] - block * kKeys};
-        hide<kKeys>(scores, left);
+        const int query = first_query + 16 * (warp_index() % 4) + lane() / 4;
+        const int visible[2] = {visible_keys(query, work.length, diagonal) - block * kKeys,
+                                visible_keys(query + 8, work.length, diagonal) - block * kKeys};
+        hide<kKeys>(scores, visible);
       }
       soften<kKeys>(scores, scale_log2, maximum, sum, rescale);
-      if (kDropout) drop(scores, consumer, kept, s);
+      if (kDropout) drop(scores, consumer, key, s);
+      // ptxas moves a wait for products up as far as it can, past all arithmetic: the softmax would
+      // run after O += P V, and not under it. It moves none past a branch, such as this one, which
+      // needs every exponential. It is never taken.
+      if (sum[0] + sum[1] < 0) trap();
     };
 
     mbarrier_wait(&s.query_full, query.parity);
@@ -456,8 +455,8 @@ __device__ __forceinline__ void consume(const Attention& p, const ForwardMaps& m
       start_scores(scores, consumer, key.at, s);
       wgmma_wait<0>(scores);
       release(&s.key_empty[key.at]);
-      key.next();
       weigh(blocks - 1);
+      key.next();
       pack_weights<Element, kKeys>(weights, scores);
       if (work.length < p.n_keys && blocks * kKeys > work.length) {
         mbarrier_wait(&s.value_full[value.at], value.parity);
@@ -473,8 +472,8 @@ __device__ __forceinline__ void consume(const Attention& p, const ForwardMaps& m
         pass_turn<Tile>(consumer);
         wgmma_wait<1>(scores);
         release(&s.key_empty[key.at]);
-        key.next();
         weigh(block);
+        key.next();
         wgmma_wait<0>(out, weights);
         release(&s.value_empty[value.at]);
         value.next();
