@@ -33,12 +33,12 @@ namespace emulator {
 
 Fiber* current = nullptr;
 Launch launch;
-std::vector<std::unique_ptr<Copy>> copies;
+std::vector<std::unique_ptr<Task>> tasks;
 
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024, kPageBytes = 4096;
-constexpr int kSpinLimit = 1000000;
+constexpr int kSpinLimit = 100000;
 constexpr size_t kSharedLimit = 227 * 1024;
 constexpr int kRegisterFile = 64 * 1024;
 
@@ -48,9 +48,9 @@ std::deque<Fiber*> runnable;
 std::string error;
 uint64_t random_state;
 int spins;  // of load_acquire, since anything else happened
-// The order in which threads take turns, and how soon copies land.
+// The order in which threads take turns, and how soon tasks are done.
 enum Policy { kUniform, kNewestFirst, kOldestFirst } policy;
-uint32_t copy_odds;
+uint32_t task_odds;
 
 // Memory of the host that ends at a page nobody may touch, and begins after one.
 class Pages {
@@ -97,11 +97,7 @@ void fiber_main() {
   look_at_writes();
   check_thread_end(*current);
   current->finished = true;
-  Block* block = current->block;
-  if (--block->alive == 0)
-    for (const auto& copy : copies)
-      if (copy->block == block && copy->is_load())
-        fail("the block ends before its last load lands");
+  if (--current->block->alive == 0) check_block_end(*current->block);
   _longjmp(scheduler, 1);
 }
 
@@ -127,12 +123,12 @@ Fiber* take_runnable() {
   return fiber;
 }
 
-void step_a_copy() {
-  const uint32_t i = random_below(static_cast<uint32_t>(copies.size()));
-  Block* block = copies[i]->block;
-  if (!copies[i]->step()) return;
-  --block->copies;
-  copies.erase(copies.begin() + i);
+void step_a_task() {
+  const uint32_t i = random_below(static_cast<uint32_t>(tasks.size()));
+  Block* block = tasks[i]->block;
+  if (!tasks[i]->step()) return;
+  --block->tasks;
+  tasks.erase(tasks.begin() + i);
 }
 
 // A fault in a thread of the kernel: there is no way back, but a word of where.
@@ -166,7 +162,9 @@ std::string deadlock(const std::list<Block>& blocks) {
     for (size_t i = 0; i < block.fibers.size();) {
       const Fiber& first = block.fibers[i];
       size_t last = i;
-      auto state = [](const Fiber& f) { return f.finished ? "(ended)" : f.waiting; };
+      auto state = [](const Fiber& f) -> std::string {
+        return f.finished ? "(ended)" : f.waiting ? f.waiting() : "(could go on)";
+      };
       while (last + 1 < block.fibers.size() && last + 1 < (i / 32 + 1) * 32 &&
              state(block.fibers[last + 1]) == state(first))
         ++last;
@@ -224,7 +222,7 @@ class Stage {  // the blocks that are resident, and their memory
 
   void remove_finished() {
     for (auto block = blocks_.begin(); block != blocks_.end();) {
-      if (block->alive || block->copies) {
+      if (block->alive || block->tasks) {
         ++block;
         continue;
       }
@@ -269,10 +267,17 @@ void fail_anywhere(const std::string& what) {
 
 void fail(const std::string& what) { fail_anywhere(what); }
 
-void sleep_on(Event& event, std::string waiting) {
+void start_task(std::unique_ptr<Task> task) {
+  task->block = current->block;
+  ++task->block->tasks;
+  tasks.push_back(std::move(task));
+}
+
+void sleep_on(Event& event, std::function<std::string()> waiting) {
   current->waiting = std::move(waiting);
   event.sleepers.push_back(current);
   back_to_scheduler();
+  current->waiting = nullptr;
 }
 
 void wake(Event& event) {
@@ -287,9 +292,11 @@ void maybe_switch() {
 
 int load_acquire(const int* global) {
   ++spins;
-  current->waiting =
-      text("load_acquire(%p), which is %d", static_cast<const void*>(global), *global);
+  current->waiting = [global] {
+    return text("load_acquire(%p), which is %d", static_cast<const void*>(global), *global);
+  };
   yield();
+  current->waiting = nullptr;
   return *global;
 }
 
@@ -305,10 +312,10 @@ void run(const Launch& requested, const std::function<void()>& function) {
   kernel = &function;
   random_state = launch.seed;
   policy = static_cast<Policy>(random_below(3));
-  const uint32_t odds[] = {2, 32, 1024};
-  copy_odds = odds[random_below(3)];
+  const uint32_t odds[] = {2, 64, 1 << 14};  // at once, some time, when nobody can go on
+  task_odds = odds[random_below(3)];
   runnable.clear();
-  copies.clear();
+  tasks.clear();
   error.clear();
   spins = 0;
 
@@ -317,10 +324,10 @@ void run(const Launch& requested, const std::function<void()>& function) {
   int next = 0;
   while (next < launch.grid || !stage.blocks().empty()) {
     while (next < launch.grid && stage.has_room()) stage.start(next++);
-    if (runnable.empty() && copies.empty()) throw std::runtime_error(deadlock(stage.blocks()));
+    if (runnable.empty() && tasks.empty()) throw std::runtime_error(deadlock(stage.blocks()));
     if (spins > kSpinLimit)
       throw std::runtime_error("load_acquire() was called in vain; " + deadlock(stage.blocks()));
-    if (!copies.empty() && (runnable.empty() || random_below(copy_odds) == 0)) step_a_copy();
+    if (!tasks.empty() && (runnable.empty() || random_below(task_odds) == 0)) step_a_task();
     if (!runnable.empty()) resume(take_runnable());
     stage.remove_finished();
   }

@@ -1,6 +1,8 @@
 // What the threads of a block share in the emulator: barriers, registers, shared memory, mbarriers.
 #include <string.h>
 
+#include <algorithm>
+
 #include "emulator_state.h"
 
 namespace fusedformer {
@@ -24,7 +26,7 @@ void warp_barrier(const char* what) {
     return;
   }
   while (warp.generation == generation)
-    sleep_on(warp.event, text("the rest of its warp at %s", what));
+    sleep_on(warp.event, [what] { return text("the rest of its warp at %s", what); });
 }
 
 const uint64_t* warp_exchange(uint64_t word, const char* what) {
@@ -62,7 +64,8 @@ void barrier_sync(int id, int threads) {
   const uint64_t generation = current->block->barriers[id & 15].generation;
   NamedBarrier& barrier = arrive(id, threads);
   while (barrier.generation == generation)
-    sleep_on(barrier.event, text("barrier %d of %d threads", id, threads));
+    sleep_on(barrier.event,
+             [id, threads] { return text("barrier %d of %d threads", id, threads); });
 }
 
 void barrier_arrive(int id, int threads) {
@@ -79,7 +82,7 @@ void set_registers(int count, bool up) {
     if (up ? count < mine : count > mine)
       fail(text("setmaxnreg: from %d registers %s to %d", mine, up ? "up" : "down", count));
     while (block.free_registers < (count - mine) * 32)
-      sleep_on(block.registers_event, text("%d registers", count));
+      sleep_on(block.registers_event, [count] { return text("%d registers", count); });
     block.free_registers -= (count - mine) * 32;
     mine = count;
     wake(block.registers_event);
@@ -190,6 +193,7 @@ void mbarrier_arrive(uint64_t* at, uint32_t expected_bytes) {
     fail(text("mbarrier at byte %u: more than %d arrivals in one phase",
               shared_offset(at, "mbarrier_arrive"), barrier.arrivals));
   barrier.bytes += expected_bytes;
+  if (expected_bytes) barrier.loaded = barrier.phase + 1;
   --barrier.pending;
   settle(barrier);
   maybe_switch();
@@ -200,9 +204,18 @@ void mbarrier_wait(uint64_t* at, uint32_t parity) {
   Mbarrier& barrier = find_mbarrier(*current->block, offset, "mbarrier_wait");
   if (parity > 1) fail(text("mbarrier_wait: parity %u", parity));
   while (barrier.phase % 2 == parity)
-    sleep_on(barrier.event,
-             text("mbarrier at byte %u, parity %u (%d arrivals and %ld bytes missing)", offset,
-                  parity, barrier.pending, static_cast<long>(barrier.bytes)));
+    sleep_on(barrier.event, [&barrier, offset, parity] {
+      return text("mbarrier at byte %u, parity %u (%d arrivals and %ld bytes missing)", offset,
+                  parity, barrier.pending, static_cast<long>(barrier.bytes));
+    });
+  barrier.waited = std::max(barrier.waited, barrier.phase);
+}
+
+void check_block_end(Block& block) {
+  for (const auto& [offset, barrier] : block.mbarriers)
+    if (barrier.loaded > barrier.waited)
+      fail(text("the block ends; nobody has waited for the last load of the mbarrier at byte %u",
+                offset));
 }
 
 }  // namespace emulator

@@ -49,7 +49,7 @@ struct Fiber {
   bool started = false, finished = false;
   int thread;
   Block* block;
-  std::string waiting;  // for what, in the report of a deadlock
+  std::function<std::string()> waiting;  // for what, in the report of a deadlock
   int parity = 0;       // of its warp's exchanges
   std::vector<size_t> dirty;  // granules of 16 bytes that it wrote without fence_async since
   std::deque<std::shared_ptr<StoreGroup>> stores;
@@ -78,7 +78,9 @@ struct Mbarrier {
   Event event;
   int arrivals, pending;
   int64_t bytes = 0;
-  uint64_t phase = 0;
+  uint64_t phase = 0;   // the present one
+  uint64_t loaded = 0;  // phases up to the last that waits for bytes
+  uint64_t waited = 0;  // phases up to the last that was waited for
   bool fenced = false;
 };
 
@@ -112,28 +114,30 @@ struct Block {
   int free_registers;
   Event registers_event;
   Event stores_event;
-  int copies = 0;  // that still read or write its shared memory
+  int tasks = 0;  // that still read or write its shared memory
 };
 
-// A copy that TMA has been asked for; step() does the next part and is true after the last.
-struct Copy {
+// What the chip has been asked to do by itself. step() does a part of it, and is true for the last.
+struct Task {
   Block* block;
   virtual bool step() = 0;
-  virtual bool is_load() const { return false; }
-  virtual ~Copy() = default;
+  virtual ~Task() = default;
 };
 
 extern Fiber* current;
 extern Launch launch;
-extern std::vector<std::unique_ptr<Copy>> copies;
+extern std::vector<std::unique_ptr<Task>> tasks;
+
+// On behalf of the running thread.
+void start_task(std::unique_ptr<Task> task);
 
 uint32_t random_below(uint32_t limit);
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string name(const Fiber& fiber);
 [[noreturn]] void fail_anywhere(const std::string& what);
 
-// Gives others their turn until somebody wakes the event. `waiting`: for the report of a deadlock.
-void sleep_on(Event& event, std::string waiting);
+// Gives others their turn until somebody wakes the event. `waiting` says what for, should nobody.
+void sleep_on(Event& event, std::function<std::string()> waiting);
 void wake(Event& event);
 
 // The bytes [offset, offset + size) of shared memory, or an error.
@@ -150,6 +154,7 @@ void settle(Mbarrier& barrier);
 
 // At the end of a thread, and of a block.
 void check_thread_end(Fiber& fiber);
+void check_block_end(Block& block);
 
 constexpr uint32_t kSharedBase = 1024;  // the chip keeps the first KiB for itself
 

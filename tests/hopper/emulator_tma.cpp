@@ -66,13 +66,6 @@ uint32_t box_offset(const Map& map, const void* shared, const char* what) {
   return offset;
 }
 
-void start(std::unique_ptr<Copy> copy) {
-  copy->block = current->block;
-  ++copy->block->copies;
-  copies.push_back(std::move(copy));
-  maybe_switch();
-}
-
 void land(Block& block, uint32_t barrier_offset, size_t bytes) {
   Mbarrier& barrier = find_mbarrier(block, barrier_offset, "TMA");
   barrier.bytes -= static_cast<int64_t>(bytes);
@@ -93,12 +86,10 @@ void check_bulk(const void* global, uint32_t offset, uint32_t bytes, const char*
   shared_bytes(*current->block, offset, bytes, what);
 }
 
-struct TensorLoad : Copy {
+struct TensorLoad : Task {
   Map map;
   uint32_t offset, barrier;
   int at[4];
-
-  bool is_load() const override { return true; }
 
   bool step() override {
     check_fenced(*block, offset, box_bytes(map), "tma_load overwrites");
@@ -112,11 +103,9 @@ struct TensorLoad : Copy {
   }
 };
 
-struct BulkLoad : Copy {
+struct BulkLoad : Task {
   const void* global;
   uint32_t offset, bytes, barrier;
-
-  bool is_load() const override { return true; }
 
   bool step() override {
     check_fenced(*block, offset, bytes, "bulk_load overwrites");
@@ -127,7 +116,7 @@ struct BulkLoad : Copy {
 };
 
 // Reads shared memory in its first step and writes global memory in its second.
-struct Store : Copy {
+struct Store : Task {
   std::shared_ptr<StoreGroup> group;
   uint32_t offset;
   size_t bytes;
@@ -182,7 +171,8 @@ void start_store(std::unique_ptr<Store> store, uint32_t offset, size_t bytes) {
   store->bytes = bytes;
   ++store->group->unread;
   ++store->group->unwritten;
-  start(std::move(store));
+  start_task(std::move(store));
+  maybe_switch();
 }
 
 }  // namespace
@@ -216,7 +206,8 @@ void tma_load(void* shared, const hopper::TensorMap& map, uint64_t* barrier, con
   copy->offset = box_offset(copy->map, shared, "tma_load");
   copy->barrier = barrier_for_copy(barrier, "tma_load");
   std::copy(at, at + 4, copy->at);
-  start(std::move(copy));
+  start_task(std::move(copy));
+  maybe_switch();
 }
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
@@ -226,7 +217,8 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barri
   copy->bytes = bytes;
   copy->barrier = barrier_for_copy(barrier, "bulk_load");
   check_bulk(global, copy->offset, bytes, "bulk_load");
-  start(std::move(copy));
+  start_task(std::move(copy));
+  maybe_switch();
 }
 
 void tma_store(const hopper::TensorMap& map, const void* shared, const int (&at)[4]) {
@@ -258,7 +250,10 @@ void tma_wait(int pending, bool read_only) {
       if (read_only ? current->stores[i]->unread : current->stores[i]->unwritten) return true;
     return false;
   };
-  while (waits()) sleep_on(current->block->stores_event, read_only ? "tma_wait_read" : "tma_wait");
+  while (waits())
+    sleep_on(current->block->stores_event, [read_only]() -> std::string {
+      return read_only ? "tma_wait_read" : "tma_wait";
+    });
   while (!current->stores.empty() && current->stores.front()->unwritten == 0)
     current->stores.pop_front();
 }

@@ -24,13 +24,14 @@ float decode(uint16_t bits, bool bfloat16) {
 struct Descriptor {
   uint32_t start, leading, stride;
 
-  explicit Descriptor(uint64_t bits)
+  Descriptor(uint64_t bits)
       : start((bits & 0x3FFF) * 16),
         leading((bits >> 16 & 0x3FFF) * 16),
         stride((bits >> 32 & 0x3FFF) * 16) {
     if (bits >> 62 != 1 || (bits >> 46 & 0xFFFF) != 0)
-      fail(text("wgmma: descriptor %016lx: only 128-byte swizzle with base offset 0 is emulated",
-                static_cast<unsigned long>(bits)));
+      fail_anywhere(
+          text("wgmma: descriptor %016lx: only 128-byte swizzle with base offset 0 is emulated",
+               static_cast<unsigned long>(bits)));
   }
 
   // Byte address of element (row or column `outer` of the product, k), before the swizzle.
@@ -44,14 +45,14 @@ struct Descriptor {
 };
 
 // Reads `outer` x 16 elements to out[outer][16].
-void read_operand(uint64_t bits, int outer, bool transposed, bool bfloat16, float* out) {
-  const Descriptor descriptor(bits);
-  Block& block = *current->block;
+void read_operand(Block& block, const Descriptor& descriptor, int outer, bool transposed,
+                  bool bfloat16, float* out) {
   for (int i = 0; i < outer; ++i) {
     for (int k = 0; k < 16; ++k) {
       const uint32_t linear = descriptor.linear(i, k, transposed);
       const uint32_t address = linear ^ (linear >> 7 & 7) << 4;
-      if (address < kSharedBase) fail(text("wgmma: descriptor points to address %u", address));
+      if (address < kSharedBase)
+        fail_anywhere(text("wgmma: a descriptor points to address %u", address));
       const uint32_t offset = address - kSharedBase;
       const unsigned char* bytes = shared_bytes(block, offset, 2, "wgmma");
       check_fenced(block, offset, 2, "wgmma reads");
@@ -66,21 +67,22 @@ void read_operand(uint64_t bits, int outer, bool transposed, bool bfloat16, floa
 int fragment_row(int t, int r) { return t / 32 * 16 + t % 32 / 4 + r / 2 % 2 * 8; }
 int fragment_column(int t, int r) { return r / 4 * 8 + t % 4 * 2 + r % 2; }
 
-void execute(WarpgroupProduct& work) {
+void execute(Block& block, WarpgroupProduct& work) {
   static float a[64 * 16], b[256 * 16], c[64 * 256];
   const Product& product = work.product;
   if (product.a_registers) {
     for (int t = 0; t < 128; ++t) {
       if (memcmp(work.a_registers[t], work.a[t], sizeof work.a[t]))
-        fail(text("wgmma: registers of a changed before the wait, in thread %d", t));
+        fail_anywhere(text("wgmma: a changed before the wait, in lane %d of warp %d of its group",
+                           t % 32, t / 32));
       for (int r = 0; r < 8; ++r)
         a[fragment_row(t, r) * 16 + fragment_column(t, r)] =
             decode(static_cast<uint16_t>(work.a[t][r / 2] >> 16 * (r % 2)), product.bfloat16);
     }
   } else {
-    read_operand(product.descriptor_a, 64, product.transpose_a, product.bfloat16, a);
+    read_operand(block, product.descriptor_a, 64, product.transpose_a, product.bfloat16, a);
   }
-  read_operand(product.descriptor_b, product.n, product.transpose_b, product.bfloat16, b);
+  read_operand(block, product.descriptor_b, product.n, product.transpose_b, product.bfloat16, b);
   for (int i = 0; i < 64; ++i)
     for (int j = 0; j < product.n; ++j) {
       float sum = 0;
@@ -95,14 +97,20 @@ void execute(WarpgroupProduct& work) {
     }
 }
 
-// Does the warpgroup's products up to number `end`, which all threads have asked for.
-void execute_until(Warpgroup& group, size_t end) {
-  look_at_writes();
-  for (; group.first < end; ++group.first) {
-    execute(group.products.front());
-    group.products.pop_front();
+// Does a warpgroup's products up to number `last`, for which all threads have asked, some time.
+struct RunProducts : Task {
+  Warpgroup* group;
+  size_t last;
+
+  bool step() override {
+    for (; group->first <= last; ++group->first) {
+      execute(*block, group->products.front());
+      group->products.pop_front();
+    }
+    wake(group->event);
+    return true;
   }
-}
+};
 
 bool same(const Product& x, const Product& y) {
   return x.n == y.n && x.bfloat16 == y.bfloat16 && x.transpose_a == y.transpose_a &&
@@ -166,9 +174,10 @@ void wgmma(const Product& product) {
     memcpy(work.a[t], product.a_registers, 16);
   }
   if (++work.threads < 128) return;
-  wake(group.event);
-  // All have asked: it may be computed at once.
-  if (random_below(2)) execute_until(group, number + 1);
+  auto run = std::make_unique<RunProducts>();
+  run->group = &group;
+  run->last = number;
+  start_task(std::move(run));
 }
 
 void wgmma_commit() {
@@ -180,9 +189,10 @@ void wgmma_wait(int pending) {
   Warpgroup& group = warpgroup();
   const int groups = static_cast<int>(current->wgmma_groups.size());
   const size_t end = groups > pending ? current->wgmma_groups[groups - pending - 1] : 0;
-  while (end > group.first && group.products[end - 1 - group.first].threads < 128)
-    sleep_on(group.event, "wgmma of the other warps of its warpgroup");
-  execute_until(group, end);
+  while (group.first < end)
+    sleep_on(group.event, [&group] {
+      return text("wgmma, for which %d threads have asked", group.products.front().threads);
+    });
   current->waited = std::max(current->waited, end);
 }
 
