@@ -5,6 +5,7 @@ from pairwise import pairwise
 from torch import Tensor
 
 from fusedformer.kernels import rng
+from fusedformer.kernels.cuda import attention as on_cuda
 
 LENGTHS = [1, 17, 63, 64, 65, 127, 200, 257]
 
@@ -31,6 +32,15 @@ CASES = pairwise(OPTIONS, at_least=120)
 def describe(case: dict) -> str:
     """A short name of a case."""
     return " ".join(str(value).replace("torch.", "") for value in case.values())
+
+
+def taken_by_cuda(case: dict) -> dict:
+    """The nearest case that the CUDA kernels take; its dtype is the caller's to choose."""
+    dim = min(on_cuda.MAX_DIM, (case["dim"] + 7) // 8 * 8)
+    # TMA has neither a stride between the columns nor one of 0.
+    layout = case["layout"] if case["layout"] in ("bhnd", "bnhd") else "bnhd"
+    scale = None if case["scale"] is None else abs(case["scale"])
+    return {**case, "dim": dim, "layout": layout, "scale": scale, "mask": None}
 
 
 def _tensor(layout: str, batch: int, heads: int, length: int, dim: int, **kind) -> Tensor:

@@ -121,8 +121,8 @@ from fusedformer.kernels.cuda import attention as on_cuda
 on_cuda.unsupported_gpu = lambda device: None
 on_cuda.library = lambda: (sys.argv[1], None)
 
-import attention_cases, cuda_cases, test_attention
-cases = [cuda_cases.taken(case) for case in attention_cases.CASES]
+import attention_cases, test_attention
+cases = [attention_cases.taken_by_cuda(case) for case in attention_cases.CASES]
 cases = [c for c in cases if test_attention._scores(c) < 15_000]
 torch.utils.deterministic.fill_uninitialized_memory = True
 for n, case in enumerate(cases):
