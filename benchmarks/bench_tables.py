@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fusedformer.benchmarks import goals, metrics, workers
 from fusedformer.benchmarks.entries import MEMORY, OVERHEAD, RATIO, WORKSPACE
+from fusedformer.benchmarks.ops import common
 from fusedformer.benchmarks.runner import NOT_HERE
 from fusedformer.benchmarks.tables import Table, number
 
@@ -47,23 +48,29 @@ def entries(rows: list[dict]) -> dict[str, dict[str, dict]]:
     return found
 
 
+def own(members: dict[str, dict]) -> list[dict]:
+    """The rows of this project among those of an entry."""
+    return [row for impl, row in members.items() if common.ours(impl)]
+
+
 def reach(document: dict) -> list[Table]:
-    """One line an entry: baseline and ours, their ratio, and the goals."""
+    """One line for each of ours in an entry: baseline and ours, their ratio, and the goals."""
     body = []
     for members in entries(document["rows"]).values():
-        ours = members.get("fused")
-        if ours is None:
-            continue
-        base = members.get(ours["baseline"])
-        found = metrics.ratio(ours, base) if base is not ours else None
-        line = [ours["title"], cost(base), cost(ours), speed(found)]
-        for goal in ours["goals"] or [None]:
-            body.append(line + (_goal(goal, ours, document) if goal else [""] * 4))
-            line = ["", "", "", ""]
+        for i, ours in enumerate(own(members)):
+            base = members.get(ours["baseline"])
+            found = metrics.ratio(ours, base) if base is not ours else None
+            forced = common.forced_backend(ours["impl"]) or ""
+            line = [ours["title"], cost(base)] if i == 0 else ["", ""]
+            line += [forced, cost(ours), speed(found)]
+            for goal in ours["goals"] or [None]:
+                body.append(line + (_goal(goal, ours, document) if goal else [""] * 4))
+                line = [""] * 5
     if not body:
         return []
-    head = ["", "baseline", "fused", "ratio", "or", "at least", "aim", "reached"]
-    keep = [i for i in range(len(head)) if i < 4 or any(line[i] for line in body)]
+    head = ["", "baseline", "backend", "fused", "ratio", "or", "at least", "aim", "reached"]
+    always = (0, 1, 3, 4)
+    keep = [i for i in range(len(head)) if i in always or any(line[i] for line in body)]
     names = sorted({row["baseline"] for row in document["rows"]})
     return [
         Table(

@@ -1,7 +1,16 @@
 """How far this project's rows are from their goals."""
 
 from fusedformer.benchmarks import metrics
-from fusedformer.benchmarks.entries import COPY, MICROSECONDS, OWN, RATIO, TFLOPS
+from fusedformer.benchmarks.entries import (
+    AT_MOST,
+    BEST,
+    COPY,
+    LINEAR,
+    MICROSECONDS,
+    OWN,
+    RATIO,
+    TFLOPS,
+)
 
 
 def value(kind: str, row: dict, document: dict) -> "float | None":
@@ -9,13 +18,20 @@ def value(kind: str, row: dict, document: dict) -> "float | None":
 
     Args:
         kind: of the goal; see entries.Goal.
-        row: of the implementation "fused".
+        row: of an implementation of this project.
         document: with "rows" and "ceilings".
     """
     rows = document["rows"]
     if kind == RATIO:
-        found = metrics.ratio(row, metrics.baseline_of(row, rows))
-        return found["median"] if found else None
+        return _ratio(row, metrics.baseline_of(row, rows))
+    if kind == BEST:
+        theirs = [r for r in rows if r["key"] == row["key"] and r["impl"].startswith("sdpa")]
+        found = [ratio for other in theirs if (ratio := _ratio(row, other)) is not None]
+        return min(found, default=None)
+    if kind == LINEAR:
+        half = _like(row, rows, seq=row["case"]["seq"] // 2)
+        ours, before = metrics.memory(row), half and metrics.memory(half)
+        return ours / before if ours and before else None
     if "ms" not in row:
         return None
     if kind == TFLOPS:
@@ -26,19 +42,25 @@ def value(kind: str, row: dict, document: dict) -> "float | None":
         rate, ceiling = metrics.METRICS["gbps"].value(row, None), document.get("ceilings")
         return rate / ceiling["copy_gbps"] if rate and ceiling else None
     assert kind == OWN
-    plain = row["case"] | {"dropout_p": 0.0}
-    without = next(
-        (
-            r
-            for r in rows
-            if (r["op"], r["mode"], r["impl"], r["case"])
-            == (row["op"], row["mode"], "fused", plain)
-        ),
-        None,
-    )
+    without = _like(row, rows, dropout_p=0.0)
     if without is None or "ms" not in without:
         return None
     return without["ms"]["median"] / row["ms"]["median"]
+
+
+def _ratio(row: dict, base: "dict | None") -> "float | None":
+    found = metrics.ratio(row, base)
+    return found["median"] if found else None
+
+
+def _like(row: dict, rows: list[dict], **changes: object) -> "dict | None":
+    """The row of the same implementation at a problem that differs so."""
+    names = ("op", "mode", "quantity", "impl")
+    case = row["case"] | changes
+    return next(
+        (r for r in rows if r["case"] == case and all(r[name] == row[name] for name in names)),
+        None,
+    )
 
 
 def text(kind: str, amount: "float | None") -> str:
@@ -53,7 +75,10 @@ def text(kind: str, amount: "float | None") -> str:
         return f"{amount:.0%} of copy"
     if kind == OWN:
         return f"{amount:.0%} of p = 0"
-    return f"{amount:.0f}x" if amount >= 100 else f"{amount:.3g}x"
+    if kind == LINEAR:
+        return f"{amount:.2f}x at twice the length"
+    times = f"{amount:.0f}x" if amount >= 100 else f"{amount:.3g}x"
+    return f"{times} the best of torch" if kind == BEST else times
 
 
 def reached(goal: dict, row: dict, document: dict) -> str:
@@ -61,7 +86,9 @@ def reached(goal: dict, row: dict, document: dict) -> str:
     amount = value(goal["kind"], row, document)
     if amount is None:
         return "not measured"
-    sign = -1 if goal["kind"] == MICROSECONDS else 1
+    sign = -1 if goal["kind"] in AT_MOST else 1
     if goal["aim"] is not None and sign * amount >= sign * goal["aim"]:
         return "aim"
+    if goal["at_least"] is None:
+        return "not the aim"
     return "yes" if sign * amount >= sign * goal["at_least"] else "no"

@@ -1,44 +1,55 @@
 """``fusedformer gpu``: all that only a GPU can show, in one run, in one JSON file.
 
-Environment and ceilings, dropout's masks and rates, the tests that need a GPU, the benchmarks
-beside torch's own, a sanitizer on small shapes: what matters most first, each step within its part
-of a time budget. A step that fails is recorded and the next one runs; what was measured is on disk
-after each. On a CPU it does the same, smaller.
+Environment and ceilings, the kernels that want a compiler, dropout's masks and rates, the tests
+that need a GPU, the benchmarks beside torch's own, a sanitizer on small shapes: what matters most
+first, each step within its part of a time budget. A step that fails is recorded and the next one
+runs; what was measured is on disk after each. On a CPU it does the same, smaller.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from fusedformer.benchmarks import (
     bench_tables,
     ceilings,
     gpu_checks,
+    gpu_suite,
     gpu_tests,
     points,
-    suites,
     terminal,
     workers,
 )
 from fusedformer.benchmarks.document import COMPLETE, CUT, Document
 from fusedformer.benchmarks.entries import default_baseline
+from fusedformer.benchmarks.ops import common
 from fusedformer.benchmarks.options import device_of, make_folder, seconds
-from fusedformer.benchmarks.runner import Limits, Runner
+from fusedformer.benchmarks.runner import NOT_HERE, Limits, Runner
 from fusedformer.benchmarks.tables import Table
 
 KIND = "gpu"
 INTERRUPTED = 130
 BUDGET, QUICK_BUDGET = 500.0, 110.0
 
-# Steps, in order, and the part of the budget that each may take; the benchmarks take what is left
-# but for the sanitizer's part.
-_PARTS = {"environment": 0.2, "ceilings": 0.1, "dropout": 0.1, "tests": 0.4, "sanitizer": 0.12}
+STEPS = ("environment", "ceilings", "build", "dropout", "tests", "benchmarks", "sanitizer")
+# The part of the budget that a step may take; the benchmarks take what is left but for the
+# sanitizer's part.
+_PARTS = {
+    "environment": 0.1, "ceilings": 0.06, "build": 0.2, "dropout": 0.08, "tests": 0.3,
+    "sanitizer": 0.1,
+}  # fmt: skip
 _SANITIZERS = ("memcheck", "racecheck")
+_MOST_PROBLEMS = 25  # that the terminal lists; the file has all
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="in two minutes instead of nine")
     said = f"for all steps ({BUDGET:g}; --quick: {QUICK_BUDGET:g})"
     add("--budget", metavar="SECONDS", help=said)
+    add("--steps", metavar="NAME,...", help=f"these alone, of {', '.join(STEPS)}")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
 
 
@@ -60,11 +72,15 @@ def run(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     default = QUICK_BUDGET if args.quick else BUDGET
     budget = default if args.budget is None else seconds("--budget", args.budget)
+    asked = STEPS if args.steps is None else tuple(args.steps.split(","))
+    if unknown := [name for name in asked if name not in STEPS]:
+        raise ValueError(f"--steps must be of {', '.join(STEPS)}; got {unknown[0]!r}")
     out = Path(args.out)
     make_folder(out)
-    evidence = Evidence(device, args.quick, budget, out)
+    evidence = Evidence(device, args.quick, budget, out, asked)
     try:
-        evidence.collect()
+        with _terminated_as_interrupted():
+            evidence.collect()
         state = COMPLETE
     except KeyboardInterrupt:
         state = CUT
@@ -76,6 +92,26 @@ def run(args: argparse.Namespace) -> int:
     return int(any(step["status"] == workers.FAILED for step in evidence.document.data["steps"]))
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Within the block, SIGTERM ends as Ctrl-C does: what was started is ended, what is known kept.
+
+    That is what a batch system and `timeout` send.
+    """
+
+    def interrupt(*args: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Evidence:
     """One run: its document, and the steps that fill it.
 
@@ -84,32 +120,41 @@ class Evidence:
         quick: fewer problems.
         budget: seconds for all.
         out: the folder of gpu.json.
+        asked: names of steps.
     """
 
-    def __init__(self, device: str, quick: bool, budget: float, out: Path) -> None:
+    def __init__(
+        self,
+        device: str,
+        quick: bool,
+        budget: float,
+        out: Path,
+        asked: "tuple[str, ...]" = STEPS,
+    ) -> None:
         self.device, self.quick, self.budget, self.out = device, quick, budget, out
+        self._asked = asked
         self._end = time.perf_counter() + budget
-        options = {"quick": quick, "budget": budget, "device": device}
+        options = {"quick": quick, "budget": budget, "device": device, "steps": list(asked)}
         self.document = Document(
-            out / "gpu.json", KIND, options, {}, ceilings=None, steps=[], dropout=[], tests=None,
-            rows=[], sanitizer=[],
+            out / "gpu.json", KIND, options, {}, ceilings=None, steps=[], dropout=[], build=None,
+            tests=None, rows=[], sanitizer=[],
         )  # fmt: skip
         self._data = self.document.data
+        self._builder: subprocess.Popen | None = None
 
     def collect(self) -> None:
         """Runs the steps in order; a step that raises is recorded."""
-        limits = Limits(seconds=1.0 if self.quick else 2.0, min_rounds=3, call=120.0)
-        with Runner(self.device, limits) as runner:
-            steps: list[tuple[str, Callable[[Runner, float], str]]] = [
-                ("environment", self._environment),
-                ("ceilings", self._ceilings),
-                ("dropout", self._dropout),
-                ("tests", self._tests),
-                ("benchmarks", self._benchmarks),
-                ("sanitizer", self._sanitizer),
-            ]
-            for name, step in steps:
-                self._step(name, step, runner)
+        limits = Limits(seconds=1.0 if self.quick else 1.5, min_rounds=3, call=75.0)
+        try:
+            if "build" in self._asked:
+                self._start_build()
+            with Runner(self.device, limits) as runner:
+                for name in STEPS:
+                    if name in self._asked:
+                        self._step(name, getattr(self, f"_{name}"), runner)
+        finally:
+            if self._builder is not None:
+                workers.end_group(self._builder)
 
     def _left(self) -> float:
         return self._end - time.perf_counter()
@@ -117,7 +162,7 @@ class Evidence:
     def _step(self, name: str, step: Callable[[Runner, float], str], runner: Runner) -> None:
         started = time.perf_counter()
         part = self.budget * _PARTS.get(name, 1.0)
-        if name == "benchmarks":
+        if name == "benchmarks" and "sanitizer" in self._asked:
             part = self._left() - self.budget * _PARTS["sanitizer"]
         part = min(part, self._left())
         print(f"{name}: {max(0.0, part):.0f} s at most", file=sys.stderr, flush=True)
@@ -157,13 +202,34 @@ class Evidence:
         wrong = [row for row in found if row["differing"] or abs(row["deviation"]) > 5]
         return f"failed: {len(wrong)} masks are not those of the contract" if wrong else ""
 
+    def _start_build(self) -> None:
+        """Begins to compile: the first steps need nothing of it, and take as long."""
+        with (self.out / "build.txt").open("w") as output:
+            self._builder = subprocess.Popen(
+                [sys.executable, "-m", "fusedformer", "build"], cwd=gpu_tests.ROOT,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def _build(self, runner: Runner, part: float) -> str:
+        assert self._builder is not None
+        try:
+            code = self._builder.wait(part)
+        except subprocess.TimeoutExpired:
+            return f"stopped: not done after {part:.0f} s; it goes on beside the next steps"
+        self._data["build"] = (self.out / "build.txt").read_text(errors="replace")[-4000:]
+        return f"failed: exit code {code}" if code else ""
+
     def _tests(self, runner: Runner, part: float) -> str:
-        if not (gpu_tests.ROOT / "tests").is_dir():
-            return "not available: the tests come with a checkout alone"
-        names = gpu_tests.files()
-        if self.device == "cpu":
+        if reason := gpu_tests.missing():
+            return f"not available: {reason}"
+        names, log, gpu = gpu_tests.files(), self.out / "tests.jsonl", self.device == "cuda"
+        if not gpu:
             names = ["test_dropout.py"]  # enough to exercise the step
-        found = gpu_tests.run(names, part, self.out / "tests.jsonl")
+        try:
+            found = gpu_tests.run(names, part, log, slow=gpu, processes=12 if gpu else 2)
+        except KeyboardInterrupt:
+            self._data["tests"] = {"state": "stopped", "reason": "", **gpu_tests.read(log)}
+            raise
         self._data["tests"] = found
         if found["problems"]:
             return f"failed: {len(found['problems'])} tests"
@@ -172,22 +238,24 @@ class Evidence:
     def _benchmarks(self, runner: Runner, part: float) -> str:
         runner.limits.budget, runner.started = part, time.perf_counter()
         self._data["rows"] = runner.rows
-        entries = suites.SUITES["gpu"](self.quick, self.device)
+        entries = gpu_suite.suite(self.quick, self.device)
         if self.device == "cpu":
             peers = ((entry, default_baseline(entry.op)) for entry in entries[::5])
             entries = [entry.at(impls=("fused", peer), baseline=peer) for entry, peer in peers]
         for _ in runner.run(entries, lambda entry: print(" ", entry.named(), file=sys.stderr)):
             self.document.save()
-        bad = [row for row in runner.rows if row["impl"] == "fused" and row["status"] != workers.OK]
+        fine = (workers.OK, NOT_HERE)
+        own = [row for row in runner.rows if common.ours(row["impl"])]
+        bad = [row for row in own if row["status"] not in fine]
         reasons = sorted({row["status"] for row in bad})
         return f"{reasons[-1]}: {len(bad)} problems, {', '.join(reasons)}" if bad else ""
 
     def _sanitizer(self, runner: Runner, part: float) -> str:
-        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if self.device == "cpu":
             self._call(runner, gpu_checks.odd_shapes, part)
             return "not available: compute-sanitizer needs a GPU; the shapes ran without it"
-        if not Path(tool).is_file():
+        tool = shutil.which("compute-sanitizer", path=_with_cuda(os.environ.get("PATH", "")))
+        if tool is None:
             return "not available: there is no compute-sanitizer"
         end = time.perf_counter() + part
         for name in _SANITIZERS[: 1 if self.quick else None]:
@@ -203,17 +271,27 @@ def _sanitize(tool: str, name: str, left: float) -> dict:
     # Allocations of their own, so that a read past the end of one is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = {"tool": name, "status": workers.OK, "reason": "", "output": ""}
-    try:
-        done = subprocess.run(
-            command, cwd=gpu_tests.ROOT, env=environment, capture_output=True, text=True,
-            timeout=max(1.0, left),
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=gpu_tests.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return found | {"status": "stopped", "reason": f"not done after {left:.0f} s"}
-    found["output"] = (done.stdout + done.stderr)[-4000:]
-    if done.returncode:
-        found |= {"status": workers.FAILED, "reason": f"exit code {done.returncode}"}
+        try:
+            if code := process.wait(max(1.0, left)):
+                found |= {"status": workers.FAILED, "reason": f"exit code {code}"}
+        except subprocess.TimeoutExpired:
+            found |= {"status": "stopped", "reason": f"not done after {left:.0f} s"}
+        finally:
+            workers.end_group(process)  # the tool's child, too, which holds the GPU
+        output.seek(0)
+        found["output"] = output.read()[-4000:]
     return found
+
+
+def _with_cuda(path: str) -> str:
+    """The search path with the folders of the CUDA toolkit after it."""
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    return os.pathsep.join([path, *(f"{home}/bin" for home in homes if home)])
 
 
 def summary(data: dict) -> list[Table]:
@@ -222,7 +300,7 @@ def summary(data: dict) -> list[Table]:
         [step["name"], step["status"], f"{step['seconds']:.0f}", step["reason"].partition("\n")[0]]
         for step in data["steps"]
     ]
-    found = [Table("Steps", ["step", "status", "s", ""], body)]
+    found = []
     if data["rows"]:
         found += [*bench_tables.details(data), *bench_tables.reach(data)]
     if data["tests"]:
@@ -230,5 +308,9 @@ def summary(data: dict) -> list[Table]:
             [held["test"], held["reason"].partition("\n")[0]] for held in data["tests"]["problems"]
         ]
         counts = ", ".join(f"{count} {what}" for what, count in data["tests"]["counts"].items())
-        found.append(Table(f"Tests: {counts}", ["failed", ""], problems))
-    return found
+        more = len(problems) - _MOST_PROBLEMS
+        notes = (f"And {more} more.",) if more > 0 else ()
+        shown = problems[:_MOST_PROBLEMS]
+        found.append(Table(f"Tests: {counts}", ["failed", ""], shown, notes))
+    # Last, where a terminal's end shows it.
+    return [*found, Table("Steps", ["step", "status", "s", ""], body)]

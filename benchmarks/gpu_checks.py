@@ -13,7 +13,7 @@ import torch
 import fusedformer
 from fusedformer.benchmarks.ops import attention, common, cross_entropy, rows
 from fusedformer.benchmarks.ops.registry import OPS
-from fusedformer.kernels import rng
+from fusedformer.kernels import dispatch, rng
 
 PROBABILITIES = (0.001, 0.01, 0.1, 0.25, 0.5, 0.9)
 
@@ -32,15 +32,18 @@ def dropout(device: str) -> list[dict]:
         16 thousand draws.
     """
     found = []
+    asked = [("dropout", "", _row_masks)]
+    asked += [("attention", name, _attention_masks) for name in _backends(device)]
     for seed, p in enumerate(PROBABILITIES):
-        for op, masks in (("dropout", _row_masks), ("attention", _attention_masks)):
-            kept, wanted = masks(device, p, seed)
+        for op, backend, masks in asked:
+            kept, wanted = masks(device, p, seed, backend or None)
             count = kept.numel()
             dropped = count - int(kept.sum())
             spread = math.sqrt(count * p * (1 - p))
             found.append(
                 {
                     "op": op,
+                    "backend": backend,
                     "p": p,
                     "elements": count,
                     "dropped": dropped / count,
@@ -51,19 +54,32 @@ def dropout(device: str) -> list[dict]:
     return found
 
 
-def _row_masks(device: str, p: float, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
+def _backends(device: str) -> list[str]:
+    """Attention's: "" is the automatic choice; others that can run here are forced."""
+    if device == "cpu":
+        return [""]
+    able = dispatch.available_backends("attention", device)
+    return ["", *(name for name in ("cuda",) if able.get(name, "absent") is None)]
+
+
+def _row_masks(
+    device: str, p: float, seed: int, backend: "str | None"
+) -> "tuple[torch.Tensor, torch.Tensor]":
     shape = _SIZES[device][0]
-    out = fusedformer.dropout(torch.ones(shape, device=device), p, seed=seed)
+    out = fusedformer.dropout(torch.ones(shape, device=device), p, seed=seed, backend=backend)
     at = rng.as_seed("dropout", seed, out.device)
     return out.ne(0), rng.rows_keep(at, p, *shape, rng.DROPOUT)
 
 
-def _attention_masks(device: str, p: float, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
+def _attention_masks(
+    device: str, p: float, seed: int, backend: "str | None"
+) -> "tuple[torch.Tensor, torch.Tensor]":
     batch, heads, length = _SIZES[device][1]
-    flat = torch.zeros(batch, heads, length, length, device=device)  # every key counts alike
-    one_hot = torch.eye(length, device=device).expand(flat.shape)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    flat = torch.zeros(batch, heads, length, length, dtype=dtype, device=device)  # all alike
+    one_hot = torch.eye(length, dtype=dtype, device=device).expand(flat.shape)
     case = attention.Case(batch, heads, length, length, dropout_p=p, device=device)
-    out = attention.seeded(case, seed)(flat, flat, one_hot)
+    out = attention.seeded(case, seed, backend)(flat, flat, one_hot)
     at = rng.as_seed("attention", seed, out.device)
     return out.ne(0), rng.attention_keep(at, p, flat.shape)
 
@@ -89,10 +105,13 @@ def odd_shapes(device: str) -> int:
     done = 0
     for op in OPS.values():
         for case in cases.get(op.case, ()):  # no models
-            held = op.inputs(case, 0)
-            out = op.seeded(case, 1 if case.dropout_p else None)(*held.args)
-            common.backward_of(held)(out)
-            done += 1
+            backends = _backends(device) if op is attention.OP and case.dtype != "fp32" else [""]
+            for backend in backends:
+                held = op.inputs(case, 0)
+                seed = 1 if case.dropout_p else None
+                out = op.seeded(case, seed, backend or None)(*held.args)
+                common.backward_of(held)(out)
+                done += 1
     if device == "cuda":
         torch.cuda.synchronize()
     return done

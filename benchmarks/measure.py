@@ -59,7 +59,7 @@ def refusal(op: Op, name: str, case: Any) -> "str | None":
 
 def label(op: Op, impl: str, case: Any, backends: list[str], held: Held) -> str:
     """What the rows call an implementation: its name, and what it ran on."""
-    if impl == "fused":
+    if common.ours(impl):
         # The reference is PyTorch's own ops, so it is never called fused.
         if backends == ["reference"]:
             return "reference (not fused)"
@@ -134,8 +134,9 @@ def _run(
     op: Op, impl: str, case: Any, mode: str, held: Held
 ) -> "tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]":
     """Output and gradients of one call, under a seed that compare() knows."""
-    ours = impl == "fused" and case.dropout_p
-    function = op.seeded(case, _seed(case)) if ours else op.impls[impl].make(case)
+    function = op.impls[impl].make(case)
+    if common.ours(impl) and case.dropout_p:
+        function = op.seeded(case, _seed(case), common.forced_backend(impl))
     forward, backward = _steps(function, held, mode)
     out = forward()
     return out, backward(out)
@@ -144,7 +145,7 @@ def _run(
 def _error_case(op: Op, impl: str, case: Any) -> Any:
     case = op.checked(case)
     # The masks of other implementations cannot be drawn again: they are compared without.
-    return case if impl == "fused" else case.at(dropout_p=0.0)
+    return case if common.ours(impl) else case.at(dropout_p=0.0)
 
 
 def _error(op: Op, impl: str, case: Any, mode: str) -> dict:

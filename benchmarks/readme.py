@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fusedformer.benchmarks import bench_page, bench_tables, document, goals, metrics, workers
 from fusedformer.benchmarks.entries import RATIO
+from fusedformer.benchmarks.ops import common
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,28 +63,30 @@ def markdown(data: dict, name: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for members in bench_tables.entries(data["rows"]).values():
-        ours = members.get("fused")
-        if ours is None:
-            continue
-        base = members.get(ours["baseline"])
-        ratio = metrics.ratio(ours, base) if base is not ours else None
-        shown = bench_tables.speed(ratio)
-        shown += "".join(
-            f"; {goals.text(goal['kind'], goals.value(goal['kind'], ours, data))}"
-            for goal in ours["goals"]
-            if goal["kind"] != RATIO
-        )
-        ran = base["label"] if base and base["status"] == workers.OK else ours["baseline"]
-        cells = [
-            ours["title"],
-            f"{bench_tables.cost(base)} ({ran})",
-            bench_tables.cost(ours),
-            shown,
-            _error(base),
-            _error(ours),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        for ours in bench_tables.own(members):
+            lines.append(f"| {' | '.join(_cells(ours, members, data))} |")
     return "\n".join(lines)
+
+
+def _cells(ours: dict, members: dict[str, dict], data: dict) -> list[str]:
+    base = members.get(ours["baseline"])
+    ratio = metrics.ratio(ours, base) if base is not ours else None
+    shown = bench_tables.speed(ratio)
+    shown += "".join(
+        f"; {goals.text(goal['kind'], goals.value(goal['kind'], ours, data))}"
+        for goal in ours["goals"]
+        if goal["kind"] != RATIO
+    )
+    ran = base["label"] if base and base["status"] == workers.OK else ours["baseline"]
+    forced = common.forced_backend(ours["impl"])
+    return [
+        ours["title"],
+        f"{bench_tables.cost(base)} ({ran})",
+        bench_tables.cost(ours) + (f" ({forced})" if forced else ""),
+        shown,
+        _error(base),
+        _error(ours),
+    ]
 
 
 def _error(row: "dict | None") -> str:

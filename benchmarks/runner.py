@@ -177,7 +177,7 @@ def new_row(entry: Entry, name: str) -> dict:
         "isa": entry.isa or None,
         "case": entry.case.as_dict(),
         "baseline": entry.baseline or default_baseline(entry.op),
-        "goals": [asdict(goal) for goal in entry.goals] if name == "fused" else [],
+        "goals": [asdict(goal) for goal in entry.goals if goal.impl == name],
         "flops": op.flops(entry.case, entry.mode),
         "bytes": op.moved(entry.case, entry.mode),
         "impl": name,

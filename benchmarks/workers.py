@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _PRELOAD = [
     "fusedformer.benchmarks.measure",
     "torch.fx.experimental.symbolic_shapes",
 ]
+
+# Seconds that a killed process gets to be gone.
+_GONE_AFTER = 10.0
 
 OK, OUT_OF_MEMORY, TOO_SLOW, FAILED = "ok", "out of memory", "too slow", "failed"
 
@@ -129,7 +133,8 @@ class Workers:
         self._process.join(2)
         if self._process.is_alive():
             self._process.kill()
-            self._process.join()
+            # Not for ever: a driver may hold a process that was killed.
+            self._process.join(_GONE_AFTER)
         self._process = None
 
     def run(self, function: Callable, *args: Any, timeout: float = math.inf) -> Outcome:
@@ -150,7 +155,7 @@ class Workers:
                 self._end()
                 return outcome
         except (EOFError, OSError):
-            self._process.join()
+            self._process.join(_GONE_AFTER)
             outcome = _death(self._process.exitcode)
             self._end()
         except BaseException:  # an interrupt: the call may run on for long
@@ -162,7 +167,18 @@ class Workers:
         return outcome
 
 
-def _death(code: int) -> Outcome:
+def end_group(process: "subprocess.Popen[Any]") -> None:
+    """Ends a process that was started with start_new_session, and all that it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()  # Windows
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GONE_AFTER)
+
+
+def _death(code: "int | None") -> Outcome:
     if code == -9:  # SIGKILL
         return Outcome(
             OUT_OF_MEMORY, reason="the process was killed, as a system out of memory does"

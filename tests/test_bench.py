@@ -11,7 +11,6 @@ from fusedformer.benchmarks import (
     ceilings,
     document,
     entries,
-    goals,
     measure,
     metrics,
     points,
@@ -186,31 +185,6 @@ def test_metrics_by_hand():
     assert values["speedup"] is None
 
 
-def goal(kind, at_least, aim=None):
-    return {"kind": kind, "at_least": at_least, "aim": aim}
-
-
-@pytest.mark.parametrize(("factor", "said"), [(3.0, "no"), (4.5, "yes"), (5.0, "aim")])
-def test_goals(factor, said):
-    ours = row("fused", [1.0] * 3, goals=[goal("ratio", 4.0, 5.0)])
-    (table,) = bench_tables.reach({"rows": [ours, row("sdpa", [factor] * 3)]})
-    assert table.rows[0][-1] == said
-
-
-def test_kinds_of_goals():
-    dropped = TINY.at(dropout_p=0.1).as_dict()
-    ours = row("fused", [2.0] * 3, case=dropped)
-    data = {"rows": [ours, row("fused", [1.5] * 3)], "ceilings": {"copy_gbps": 2.0}}
-    values = {kind: goals.value(kind, ours, data) for kind in ("tflops", "copy", "own")}
-    assert values == pytest.approx({"tflops": 1.0, "copy": 0.25, "own": 0.75})
-    assert goals.value("microseconds", ours, data) == 2000
-    assert goals.value("ratio", ours, data) is None
-    # The one kind where less is better.
-    for at_most, aim, said in ((1000, None, "no"), (2000, 1000, "yes"), (3000, 2000, "aim")):
-        assert goals.reached(goal("microseconds", at_most, aim), ours, data) == said
-    assert goals.reached(goal("ratio", 1.0), ours, data) == "not measured"
-
-
 def test_csv():
     data = {"rows": [row("fused", [1.0] * 3), row("sdpa", status="failed", reason="a, b")]}
     lines = bench_tables.csv_text(data, ("latency", "speedup")).splitlines()
@@ -220,14 +194,6 @@ def test_csv():
 
 
 # --- Suites and the command -----------------------------------------------------------------------
-
-
-def test_the_cpu_suite_has_every_goal():
-    asked = suites.SUITES["cpu"](False, "cpu")
-    assert sum(len(entry.goals) for entry in asked) == 4 + 4 + 4 + 2 + 1 + 2 + 6 + 1
-    assert not any(entry.goals for entry in suites.SUITES["cpu"](True, "cpu"))
-    with pytest.raises(ValueError, match="--suite cpu is for a CPU"):
-        suites.SUITES["cpu"](False, "cuda")
 
 
 @pytest.mark.parametrize("quick", [False, True])

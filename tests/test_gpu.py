@@ -1,8 +1,6 @@
 """fusedformer gpu: the order of its steps, what it records, what a cut leaves; run on the CPU."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -47,12 +45,13 @@ MASK = {"op": "dropout", "p": 0.1, "elements": 9, "dropped": 0.1, "deviation": 0
 def evidence(tmp_path, monkeypatch):
     """Makes a run whose steps cost nothing; its benchmarks and tests are left out."""
 
-    def make(*answers, budget=100.0, **steps):
+    def make(*answers, budget=100.0, asked=gpu.STEPS, **steps):
         monkeypatch.setattr(runner, "Workers", Scripted(("dropout", [MASK]), *answers))
-        for name in ("tests", "benchmarks", "sanitizer"):
+        monkeypatch.setattr(gpu.Evidence, "_start_build", lambda self: None)
+        for name in ("build", "tests", "benchmarks", "sanitizer"):
             step = steps.get(name, lambda self, runner, part: "")
             monkeypatch.setattr(gpu.Evidence, f"_{name}", step)
-        held = gpu.Evidence("cpu", True, budget, tmp_path)
+        held = gpu.Evidence("cpu", True, budget, tmp_path, asked)
         held.collect()
         held.document.finish(document.COMPLETE)
         return document.read(tmp_path / "gpu.json", "gpu")
@@ -67,7 +66,7 @@ def statuses(data):
 def test_steps_in_order(evidence):
     data = evidence(("describe", {"device_name": "x"}), ("measure", {"copy_gbps": 1.0}))
     assert list(statuses(data)) == [
-        "environment", "ceilings", "dropout", "tests", "benchmarks", "sanitizer",
+        "environment", "ceilings", "build", "dropout", "tests", "benchmarks", "sanitizer",
     ]  # fmt: skip
     assert set(statuses(data).values()) == {"ok"}
     assert data["environment"] == {"device_name": "x"}
@@ -81,8 +80,8 @@ def test_a_step_that_fails_stops_no_other(evidence):
     died = workers.Outcome(workers.FAILED, reason="the process ended with exit code -11")
     data = evidence(("measure", died), tests=fails)
     assert statuses(data) == {
-        "environment": "ok", "ceilings": "failed", "dropout": "ok", "tests": "failed",
-        "benchmarks": "ok", "sanitizer": "ok",
+        "environment": "ok", "ceilings": "failed", "build": "ok", "dropout": "ok",
+        "tests": "failed", "benchmarks": "ok", "sanitizer": "ok",
     }  # fmt: skip
     reasons = [step["reason"] for step in data["steps"] if step["reason"]]
     assert "exit code -11" in reasons[0]
@@ -136,7 +135,7 @@ def test_dropout_masks_are_the_contracts():
 def test_a_mask_that_is_not_the_contracts_is_seen(monkeypatch):
     real = gpu_checks.fusedformer.dropout
     monkeypatch.setattr(
-        gpu_checks.fusedformer, "dropout", lambda x, p, seed: real(x, p, seed=seed + 1)
+        gpu_checks.fusedformer, "dropout", lambda x, p, seed, backend: real(x, p, seed=seed + 1)
     )
     found = [row for row in gpu_checks.dropout("cpu") if row["op"] == "dropout"]
     assert all(row["differing"] for row in found)
@@ -167,29 +166,51 @@ def test_gpu_state():
     assert held == {}
 
 
-# --- The tests' own log ---------------------------------------------------------------------------
+# --- The tests of the GPU -------------------------------------------------------------------------
 
 
-def test_log_of_tests(tmp_path):
-    """Passed, failed, skipped; of a line that was cut off, nothing."""
-    (tmp_path / "test_some.py").write_text(
-        "import pytest\n"
+def test_tests_that_hang_or_die_are_failures_and_no_end(tmp_path, monkeypatch):
+    """Two processes: passed, failed, skipped, one that hangs, one that takes its process down."""
+    path = tmp_path / "test_some.py"
+    path.write_text(
+        "import os, time, pytest\n"
+        "def test_hangs(): time.sleep(60)\n"
+        "def test_dies(): os._exit(7)\n"
         "def test_good(): pass\n"
         "def test_bad(): assert 1 == 2, 'sums'\n"
         "@pytest.mark.skip(reason='no such chip')\n"
         "def test_absent(): pass\n"
+        "@pytest.mark.slow\n"
+        "def test_slow(): pass\n"
     )
+    monkeypatch.setattr(gpu_tests, "LONGEST", 1.0)
     log = tmp_path / "log.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "fusedformer.benchmarks.gpu_tests"]
-    command += [f"--results={log}", "-p", "no:cacheprovider", str(tmp_path / "test_some.py")]
-    subprocess.run(command, cwd=gpu_tests.ROOT, capture_output=True)
-    with log.open("a") as file:
-        file.write('{"test": "cut o')
-    found = gpu_tests.read(log)
-    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
-    assert found["problems"][0]["test"].endswith("test_some.py::test_bad")
-    assert "sums" in found["problems"][0]["reason"]
+    found = gpu_tests.run([str(path)], 60, log, slow=False, processes=2)
+    assert found["state"] == "complete", found["reason"]
+    assert found["counts"] == {"passed": 1, "failed": 3, "skipped": 1}
+    reasons = {held["test"].partition("::")[2]: held["reason"] for held in found["problems"]}
+    assert "not done after 1 s" in reasons["test_hangs"]
+    assert "exit code 7" in reasons["test_dies"]
+    assert "sums" in reasons["test_bad"]
     assert [reason.partition(": ")[2] for reason in found["skipped"]] == ["no such chip"]
+    assert found["unfinished"] == []
+
+
+def test_a_log_that_was_cut_off(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        '{"test": "a", "outcome": "started"}\n{"test": "a", "outcome": "passed", "seconds": 1.0}\n'
+        '{"test": "b", "outcome": "started"}\n{"test": "c", "outc'
+    )
+    found = gpu_tests.read(log)
+    assert found["counts"] == {"passed": 1}
+    assert found["unfinished"] == ["b"]
+
+
+def test_only_some_steps(evidence, tmp_path):
+    assert list(statuses(evidence(asked=("tests", "environment")))) == ["environment", "tests"]
+    argv = ["gpu", "--device=cpu", "--steps=sleep", f"--out={tmp_path}"]
+    assert cli.main(argv) == cli.USER_ERROR
 
 
 def test_files_for_a_gpu():
@@ -207,6 +228,7 @@ def test_whole_run_on_a_cpu(tmp_path):
     data = json.loads((tmp_path / "gpu.json").read_text())
     assert data["state"] == "complete"
     found = statuses(data)
+    assert list(found) == list(gpu.STEPS)
     assert found.pop("sanitizer") == "not available"
     assert set(found.values()) == {"ok"}
     assert data["tests"]["counts"]["passed"] > 20

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fusedformer
 from fusedformer.benchmarks.ops import attention_peers, common
 from fusedformer.benchmarks.ops.common import Distance, Held, Impl, Op, Sizes
-from fusedformer.kernels import rng
+from fusedformer.kernels import dispatch, rng
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,23 @@ def _gpu_alone(case: Case) -> "str | None":
     return None if case.device == "cuda" else "on a CPU torch has one fused path, which sdpa takes"
 
 
+def _own(backend: str) -> Impl:
+    """fusedformer.attention on one of its backends of GPUs."""
+
+    def refuses(case: Case) -> "str | None":
+        if case.device != "cuda":
+            return "on a CPU there is one fused backend, which fused takes"
+        if backend not in dispatch.BACKENDS:
+            return f"there is no backend {backend}"
+        return dispatch.available_backends("attention", case.device)[backend]
+
+    about = f"the same, its {backend} backend forced"
+    return Impl(about, functools.partial(seeded, backend=backend), refuses)
+
+
 IMPLS = {
     "fused": Impl("fusedformer.attention, on the backend of its automatic choice", seeded),
+    **{f"fused-{backend}": _own(backend) for backend in ("triton", "cuda")},
     "sdpa": Impl("torch's scaled_dot_product_attention, on the backend that it takes", _sdpa),
     **{
         f"sdpa-{name}": Impl(

@@ -35,6 +35,16 @@ def cost(mode: str, forward: float, backward: float) -> float:
     return float(forward * has_forward + backward * has_backward)
 
 
+def ours(impl: str) -> bool:
+    """Whether a name is this project's: "fused", or with a backend forced, as "fused-triton"."""
+    return impl.partition("-")[0] == "fused"
+
+
+def forced_backend(impl: str) -> "str | None":
+    """The backend that a name of ours forces; None is the automatic choice."""
+    return impl.partition("-")[2] or None
+
+
 class Sizes:
     """Base of the dataclasses that hold one problem of an op."""
 
