@@ -38,7 +38,7 @@ std::vector<std::unique_ptr<Task>> tasks;
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024, kPageBytes = 4096;
-constexpr int kSpinLimit = 100000;
+constexpr int kSpinLimit = 100000, kSpinsUntilStuck = 1000;
 constexpr size_t kSharedLimit = 227 * 1024;
 constexpr int kRegisterFile = 64 * 1024;
 
@@ -327,7 +327,9 @@ void run(const Launch& requested, const std::function<void()>& function) {
     if (runnable.empty() && tasks.empty()) throw std::runtime_error(deadlock(stage.blocks()));
     if (spins > kSpinLimit)
       throw std::runtime_error("load_acquire() was called in vain; " + deadlock(stage.blocks()));
-    if (!tasks.empty() && (runnable.empty() || random_below(task_odds) == 0)) step_a_task();
+    // Threads that do nothing but call load_acquire() cannot go on, either.
+    const bool stuck = runnable.empty() || spins > kSpinsUntilStuck;
+    if (!tasks.empty() && (stuck || random_below(task_odds) == 0)) step_a_task();
     if (!runnable.empty()) resume(take_runnable());
     stage.remove_finished();
   }
