@@ -299,7 +299,8 @@ def attention(
         offsets: where (batch, head, query, key) start in the whole problem, so that a part of it
             drops exactly what the whole would; those of query and key multiples of 16.
         return_lse: also return log sum_j exp(S_ij), differentiable.
-        backend: "triton", "cpu" or "reference"; None chooses. One that is named runs or raises.
+        backend: "triton", "cpu", "cuda" or "reference"; None chooses, never "cuda" yet. One that
+            is named runs or raises.
 
     Returns:
         O (B, H, Nq, D) of query's dtype, a view of (B, Nq, H, D) memory; with return_lse also LSE
