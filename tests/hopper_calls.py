@@ -15,14 +15,19 @@ COMPILER = shutil.which("c++") or shutil.which("g++")
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-fPIC"]
 
 
+_emulator: list[Path] = []  # it takes seconds to build, and serves every module of a run
+
+
 def build_emulator(folder: Path) -> list[Path]:
-    """The emulator's object files, to be linked with a driver."""
-    objects = []
-    for source in sorted(FOLDER.glob("emulator*.cpp")):
-        objects.append(folder / f"{source.stem}.o")
-        command = [COMPILER, *FLAGS, f"-I{FOLDER}", "-c", source, "-o", objects[-1]]
-        subprocess.run(command, check=True)
-    return objects
+    """The emulator's object files, to be linked with a driver. Built once, in the first folder."""
+    if not _emulator:
+        built = []
+        for source in sorted(FOLDER.glob("emulator*.cpp")):
+            built.append(folder / f"{source.stem}.o")
+            command = [COMPILER, *FLAGS, f"-I{FOLDER}", "-c", source, "-o", built[-1]]
+            subprocess.run(command, check=True)
+        _emulator.extend(built)
+    return _emulator
 
 
 def build_driver(

@@ -1,18 +1,18 @@
 // Attention's forward on Hopper: the kernel. FlashAttention-2 (Dao 2023), algorithm 1, in the
 // structure of FlashAttention-3 (Shah et al. 2024), with dropout.
 //
-// A tile is 64 queries of one head for each of two warpgroups, the "consumers". Over blocks of keys,
-// last to first, with the running maximum m and sum l of each query's row:
+// A tile is 64 queries of one head for each of two warpgroups, the "consumers". Over blocks of
+// keys, last to first, with the running maximum m and sum l of each query's row:
 //
 //   S = Q K^T;  m' = max(m, rowmax S);  P = exp(scale (S - m'));  a = exp(scale (m - m'))
 //   l = a l + rowsum P;   O = a O + dropout(P) V
 //
 // and at the end O / (l (1 - p)) and LSE = scale m + log l: that of the undropped scores.
 //
-// The other warpgroup feeds them. Its warp 0 takes tiles from the schedule and loads Q, K and V (TMA);
-// warps 1 to 3 make the dropout bits, so that the consumers only read one bit for each score. They
-// all run at their own pace: rings of buffers lie between them, each buffer with an mbarrier that says
-// it is full and one that says it is empty.
+// The other warpgroup feeds them (attention_forward_producers.h). Its warp 0 takes tiles from the
+// schedule and loads Q, K and V by TMA; warps 1 to 3 make the bits of dropout: consumers only read
+// one bit for each score. They all run at their own pace: rings of buffers lie between them, each
+// buffer with an mbarrier that says it is full and one that says it is empty.
 //
 // A consumer overlaps its own work: S of the next block is being multiplied while O takes in this
 // one's P, and the next softmax runs meanwhile. The two consumers overlap, too: they take turns at
@@ -21,220 +21,18 @@
 
 #include <math.h>
 
-#include "attention.h"
-#include "dropout_bits.h"
-#include "hopper.h"
-#include "layouts.h"
-#include "schedule.h"
+#include "attention_forward_producers.h"
 
 namespace fusedformer {
 namespace hopper {
 
-// Sizes for a head dimension of at most kDimension. A consumer's thread holds, for 64 queries,
-//   O                    kOutDim / 2 registers
-//   S of the next block  kKeys / 2
-//   P of this block      kKeys / 4, in 16 bits
-// of the 232 that registers_up() leaves it; and shared memory has 227 KB for Q, kStages of K and of V,
-// and O on its way out, if that fits: else O takes Q's place when the tile is done.
-template <int kDimension>
-struct ForwardTile {
-  static constexpr int kDim = kDimension;           // a tensor's D may be less: TMA fills up with zeros
-  static constexpr int kPanels = panels(kDim);  // see layouts.h
-  // wgmma takes V by whole panels: O of D = 96 is computed as that of 128.
-  static constexpr int kOutDim = kPanels * kPanelColumns;
-  static constexpr int kConsumers = 2;
-  static constexpr int kQueries = 64 * kConsumers;
-  static constexpr int kKeys = kDim <= 128 ? 128 : 64;
-  static constexpr int kStages = 2;
-  static constexpr bool kOwnOut = kDim <= 128;
-};
-
-constexpr int kWarpgroup = 128;  // threads
-template <typename Tile>
-constexpr int kForwardThreads = kWarpgroup * (1 + Tile::kConsumers);
-
-// setmaxnreg: there are 64 K registers. What the producers give up, the consumers get.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-
 constexpr float kLog2e = 1.4426950408889634f;
 
-// As TMA sees the tensors. Boxes are panels: 64 columns by kQueries rows (query), kKeys rows (key,
-// value) or 64 rows (out).
-struct ForwardMaps {
-  TensorMap query, key, value, out;
-};
-
-// What warp 0 tells the others of the tile that it took.
-struct alignas(16) ForwardWork {
-  int batch;  // -1: there is no more
-  int head;
-  int first_query;
-  int length;  // keys of this batch
-};
-
-template <typename Element, typename Tile>
-struct alignas(1024) ForwardShared {
-  using Panel = Element[kPanelColumns];
-  // Panels come first: they lie on 1024 bytes.
-  Panel query[Tile::kPanels][Tile::kQueries];
-  Panel key[Tile::kStages][Tile::kPanels][Tile::kKeys];
-  Panel value[Tile::kStages][Tile::kPanels][Tile::kKeys];
-  Panel own_out[Tile::kOwnOut ? Tile::kPanels : 1][Tile::kOwnOut ? Tile::kQueries : 8];
-  uint32_t kept[Tile::kStages][dropout_bytes(Tile::kQueries, Tile::kKeys) / 4];  // dropout's bits
-  ForwardWork work[2];
-  uint64_t query_full, query_empty;
-  uint64_t key_full[Tile::kStages], key_empty[Tile::kStages];
-  uint64_t value_full[Tile::kStages], value_empty[Tile::kStages];
-  uint64_t kept_full[Tile::kStages], kept_empty[Tile::kStages];
-  uint64_t work_full[2], work_empty[2];
-
-  // Where O is on its way out.
-  __device__ __forceinline__ auto& out() {
-    if constexpr (Tile::kOwnOut)
-      return own_out;
-    else
-      return query;
-  }
-};
-
-// Where a thread stands in a ring of kBuffers: the buffer that is due, and the parity of the phase in
-// which it gets full. Whoever fills it waits for the opposite parity of its "empty" first, which lets
-// the first round pass.
-template <int kBuffers>
-struct Cursor {
-  int at = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++at < kBuffers) return;
-    at = 0;
-    parity ^= 1;
-  }
-};
-
-// How many blocks of keys a tile needs.
-template <typename Tile>
-__device__ __forceinline__ int blocks_of(const Attention& p, const ForwardWork& work) {
-  const int after = work.first_query + Tile::kQueries;
-  return key_blocks(after < p.n_queries ? after : p.n_queries, work.length,
-                    static_cast<int>(p.diagonal), Tile::kKeys);
-}
-
-// In which order tiles are taken: the last queries first, as they see most keys.
-template <typename Tile>
-inline TileOrder forward_order(const Attention& p) {
-  const long long head_bytes = 2LL * 2 * p.n_keys * p.dim;  // of K and V, in 16 bits
-  return tile_order(p.batches, p.heads, p.key_heads, p.n_queries, Tile::kQueries, head_bytes, true);
-}
-
-// ---- Warp 0, one thread: tiles and loads ---------------------------------------------------------
-
-template <typename Tile>
-__device__ __forceinline__ ForwardWork take_work(const Attention& p, const TileOrder& order) {
-  const int index = atomic_add(p.counter, 1);
-  if (index >= tile_count(order)) return {-1, 0, 0, 0};
-  const HeadTile tile = tile_at(order, index);
-  const int batch = tile.head / p.heads;
-  return {batch, tile.head % p.heads, tile.block * Tile::kQueries,
-          p.key_lengths ? clamp_length(p.key_lengths[batch], p.n_keys) : p.n_keys};
-}
-
-template <typename Panel, int kPanels, int kRows>
-__device__ __forceinline__ void load_panels(Panel (&panels)[kPanels][kRows], const TensorMap& map,
-                                            uint64_t* full, int n, int h, int b) {
-  mbarrier_expect(full, sizeof(panels));
-#pragma unroll
-  for (int i = 0; i < kPanels; ++i) tma_load(panels[i], map, full, i * kPanelColumns, n, h, b);
-}
-
-// It runs ahead of the consumers, into the next tile, as far as the rings reach.
-template <typename Element, typename Tile>
-__device__ __forceinline__ void load_tiles(const Attention& p, const ForwardMaps& maps,
-                                           const TileOrder& order,
-                                           ForwardShared<Element, Tile>& s) {
-  prefetch_map(maps.query);
-  prefetch_map(maps.key);
-  prefetch_map(maps.value);
-  Cursor<2> slot;
-  Cursor<1> query;
-  Cursor<Tile::kStages> key, value;
-  for (;; slot.next(), query.next()) {
-    const ForwardWork work = take_work<Tile>(p, order);
-    mbarrier_wait(&s.work_empty[slot.at], slot.parity ^ 1);
-    s.work[slot.at] = work;
-    mbarrier_arrive(&s.work_full[slot.at]);
-    if (work.batch < 0) return;
-
-    // Also for a tile that sees no key, so that every tile goes through the same phases.
-    mbarrier_wait(&s.query_empty, query.parity ^ 1);
-    load_panels(s.query, maps.query, &s.query_full, work.first_query, work.head, work.batch);
-
-    // In the order in which they are used: K is wanted one block before V.
-    const int key_head = work.head / (p.heads / p.key_heads), blocks = blocks_of<Tile>(p, work);
-    for (int block = blocks; block >= 0; --block) {
-      if (block > 0) {
-        mbarrier_wait(&s.key_empty[key.at], key.parity ^ 1);
-        load_panels(s.key[key.at], maps.key, &s.key_full[key.at], (block - 1) * Tile::kKeys,
-                    key_head, work.batch);
-        key.next();
-      }
-      if (block < blocks) {
-        mbarrier_wait(&s.value_empty[value.at], value.parity ^ 1);
-        load_panels(s.value[value.at], maps.value, &s.value_full[value.at], block * Tile::kKeys,
-                    key_head, work.batch);
-        value.next();
-      }
-    }
-  }
-}
-
-// ---- What the other warps share ------------------------------------------------------------------
-
-// A buffer has been read by this warp: by all its lanes, and they all have seen it full. A lane that
-// came late to that wait would find the parity of another phase.
-__device__ __forceinline__ void release(uint64_t* empty) {
-  sync_warp();
-  if (lane() == 0) mbarrier_arrive(empty);
-}
-
-// The next tile: each warp calls this once a tile.
-template <typename Element, typename Tile>
-__device__ __forceinline__ ForwardWork next_work(ForwardShared<Element, Tile>& s,
-                                                 Cursor<2>& slot) {
-  mbarrier_wait(&s.work_full[slot.at], slot.parity);
-  const ForwardWork work = s.work[slot.at];
-  release(&s.work_empty[slot.at]);
-  slot.next();
-  return work;
-}
-
-// ---- Warps 1 to 3: dropout bits ------------------------------------------------------------------
-
-template <typename Element, typename Tile>
-__device__ __forceinline__ void make_bits(const Attention& p, ForwardShared<Element, Tile>& s) {
-  const uint64_t seed = static_cast<uint64_t>(*p.seed);
-  Cursor<2> slot;
-  Cursor<Tile::kStages> kept;
-  for (;;) {
-    const ForwardWork work = next_work(s, slot);
-    if (work.batch < 0) return;
-    for (int block = blocks_of<Tile>(p, work) - 1; block >= 0; --block, kept.next()) {
-      mbarrier_wait(&s.kept_empty[kept.at], kept.parity ^ 1);
-      make_dropout_bits<Tile::kQueries, Tile::kKeys, false>(
-          s.kept[kept.at], seed, p.threshold, static_cast<uint32_t>(p.offsets[0] + work.batch),
-          static_cast<uint32_t>(p.offsets[1] + work.head), p.offsets[2] + work.first_query,
-          p.offsets[3] + block * Tile::kKeys, thread_index() - 32, 96);
-      sync_warp();  // all lanes have written
-      if (lane() == 0) mbarrier_arrive(&s.kept_full[kept.at]);
-    }
-  }
-}
-
-// ---- Consumers -----------------------------------------------------------------------------------
+// ---- Consumers ---------------------------------------------------------------------------------
 //
-// As layouts.h has it, a thread's register 4 c + 2 r + e of an accumulator is of row 16 warp + lane / 4
-// + 8 r of the warpgroup's 64, and of column 8 c + 2 (lane % 4) + e. So a thread has two rows, r = 0
-// and 1, and shares each with the three other lanes of its quad.
+// As layouts.h has it, a thread's register 4 c + 2 r + e of an accumulator is of row 16 warp +
+// lane / 4 + 8 r of the warpgroup's 64, and of column 8 c + 2 (lane % 4) + e. So a thread has two
+// rows, r = 0 and 1, and shares each with the three other lanes of its quad.
 
 enum ForwardBarrier {
   kAllConsumers = 1,
@@ -324,11 +122,12 @@ template <typename Element, typename Tile>
 __device__ __forceinline__ void drop(float (&weights)[Tile::kKeys / 2], int consumer,
                                      const Cursor<Tile::kStages>& kept,
                                      ForwardShared<Element, Tile>& s) {
+  const int first = dropout_word(Tile::kKeys, 4 * consumer + warp_index() % 4, lane());
   uint32_t bits[dropout_words(Tile::kKeys)];
   mbarrier_wait(&s.kept_full[kept.at], kept.parity);
 #pragma unroll
   for (int i = 0; i < dropout_words(Tile::kKeys); ++i)
-    bits[i] = s.kept[kept.at][dropout_word(Tile::kKeys, 4 * consumer + warp_index() % 4, lane()) + i];
+    bits[i] = s.kept[kept.at][first + i];
   release(&s.kept_empty[kept.at]);
 #pragma unroll
   for (int i = 0; i < Tile::kKeys / 2; ++i)
@@ -344,8 +143,8 @@ __device__ __forceinline__ void pack_weights(uint32_t (&weights)[kKeys / 16][4],
     weights[i / 4][i % 4] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
 }
 
-// Zeros for the rows of V past the length. P is 0 there, but they may hold NaN, and 0 times NaN would
-// reach O. All consumers share the work.
+// Zeros for the rows of V past the length. P is 0 there, but they may hold NaN, and 0 times NaN
+// would reach O. All consumers share the work.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void clear_values(int first, int stage,
                                              ForwardShared<Element, Tile>& s) {
@@ -367,8 +166,9 @@ __device__ __forceinline__ void clear_values(int first, int stage,
 template <typename Element, typename Tile>
 __device__ __forceinline__ void store_out(const Attention& p, const ForwardMaps& maps,
                                           const ForwardWork& work, int consumer,
-                                          float (&out)[Tile::kOutDim / 2], const float (&maximum)[2],
-                                          float (&sum)[2], ForwardShared<Element, Tile>& s) {
+                                          float (&out)[Tile::kOutDim / 2],
+                                          const float (&maximum)[2], float (&sum)[2],
+                                          ForwardShared<Element, Tile>& s) {
   const int warp = warp_index() % 4, first_query = work.first_query + 64 * consumer;
   const bool leader = thread_index() % kWarpgroup == 0;
   float inverse[2];
@@ -383,7 +183,7 @@ __device__ __forceinline__ void store_out(const Attention& p, const ForwardMaps&
           sum[r] == 0 ? -INFINITY : maximum[r] * p.scale + logf(sum[r]);
   }
 
-  // What was stored before has left, and all four warps are done with Q, where O may take its place.
+  // What was stored before has left, and all four warps are done with Q: O may take its place.
   if (leader) tma_wait_read<0>();
   barrier_sync(kOneConsumer + consumer, kWarpgroup);
   auto& tile = s.out();
@@ -497,7 +297,7 @@ __device__ __forceinline__ void consume(const Attention& p, const ForwardMaps& m
   tma_wait<0>();  // shared memory is read until then
 }
 
-// ---- The kernel ----------------------------------------------------------------------------------
+// ---- The kernel --------------------------------------------------------------------------------
 
 // A CTA for each multiprocessor, or one for each tile where these are fewer.
 template <typename Element, typename Tile, bool kDropout>
@@ -528,14 +328,14 @@ __global__ void __launch_bounds__(kForwardThreads<Tile>, 1)
   sync_threads();
 
   if (warp_index() < 4) {
-    registers_down<kProducerRegisters>();
+    registers_down<Tile::kProducerRegisters>();
     if (warp_index() > 0) {
       if (kDropout) make_bits<Element, Tile>(p, s);
     } else if (lane() == 0) {
       load_tiles(p, maps, order, s);
     }
   } else {
-    registers_up<kConsumerRegisters>();
+    registers_up<Tile::kConsumerRegisters>();
     consume<Element, Tile, kDropout>(p, maps, s);
   }
 }

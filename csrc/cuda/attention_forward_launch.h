@@ -1,5 +1,5 @@
-// Attention's forward on Hopper: the launch, for one size of tile. Each size is compiled in a file of
-// its own, attention_forward_*.cu, so that they compile side by side.
+// Attention's forward on Hopper: the launch, for one size of tile. Each size is compiled in a file
+// of its own, attention_forward_*.cu, so that they compile side by side.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,8 +1,7 @@
 // Attention's forward kernel in the emulator, for tests/test_hopper_forward.py, which calls it by
-// ctypes. Compiled for one DIM, the size of the kernel's tile.
+// ctypes. Compiled for one size of the kernel's tile: DIM and CONSUMERS.
 #include <attention_forward.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <exception>
 
@@ -12,7 +11,7 @@ namespace fusedformer {
 namespace hopper {
 namespace {
 
-using Tile = ForwardTile<DIM>;
+using Tile = ForwardTile<DIM, CONSUMERS>;
 
 TensorMap map_of(const Tensor4& tensor, const Attention& p, int heads, int length, int rows) {
   return emulator::make_tensor_map(tensor.data, 2, {p.batches, heads, length, p.dim},

@@ -1,0 +1,103 @@
+// What attention's forward on Hopper fixes before its kernel runs: tile sizes, the layout of shared
+// memory, the order of tiles. attention_forward.h says what for.
+#pragma once
+
+#include "attention.h"
+#include "hopper.h"
+#include "layouts.h"
+#include "schedule.h"
+
+namespace fusedformer {
+namespace hopper {
+
+// Sizes for a head dimension of at most kDimension. A consumer's thread holds, for 64 queries,
+//   O                    kOutDim / 2 registers
+//   S of the next block  kKeys / 2
+//   P of this block      kKeys / 4, in 16 bits
+// of the kConsumerRegisters that it has; and shared memory has 227 KB for Q, kStages of K and of V,
+// and O on its way out, if that fits: else O takes Q's place when the tile is done.
+//
+// Three consumers, for tiles of 192 queries, fit where D <= 64 and nothing is dropped.
+template <int kDimension, int kWarpgroups = 2>
+struct ForwardTile {
+  static constexpr int kDim = kDimension;       // a tensor's D may be less: TMA fills up with zeros
+  static constexpr int kPanels = panels(kDim);  // see layouts.h
+  // wgmma takes V by whole panels: O of D = 96 is computed as that of 128.
+  static constexpr int kOutDim = kPanels * kPanelColumns;
+  static constexpr int kConsumers = kWarpgroups;
+  static constexpr int kQueries = 64 * kConsumers;
+  static constexpr int kKeys = kDim <= 128 ? 128 : kDim <= 192 ? 96 : 64;
+  static constexpr int kStages = 2;
+  static constexpr bool kOwnOut = kDim <= 128;
+  // setmaxnreg: 64 K registers for all. What the producers do without, the consumers get.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+};
+
+constexpr int kWarpgroup = 128;  // threads
+template <typename Tile>
+constexpr int kForwardThreads = kWarpgroup * (1 + Tile::kConsumers);
+
+// As TMA sees the tensors. Boxes are panels: 64 columns by kQueries rows (query), kKeys rows (key,
+// value) or 64 rows (out).
+struct ForwardMaps {
+  TensorMap query, key, value, out;
+};
+
+// What warp 0 tells the others of the tile that it took.
+struct alignas(16) ForwardWork {
+  int batch;  // -1: there is no more
+  int head;
+  int first_query;
+  int length;  // keys of this batch
+};
+
+template <typename Element, typename Tile>
+struct alignas(1024) ForwardShared {
+  using Panel = Element[kPanelColumns];
+  // Panels come first: they lie on 1024 bytes.
+  Panel query[Tile::kPanels][Tile::kQueries];
+  Panel key[Tile::kStages][Tile::kPanels][Tile::kKeys];
+  Panel value[Tile::kStages][Tile::kPanels][Tile::kKeys];
+  Panel own_out[Tile::kOwnOut ? Tile::kPanels : 1][Tile::kOwnOut ? Tile::kQueries : 8];
+  uint32_t kept[Tile::kStages][dropout_bytes(Tile::kQueries, Tile::kKeys) / 4];  // dropout's bits
+  ForwardWork work[2];
+  uint64_t query_full, query_empty;
+  uint64_t key_full[Tile::kStages], key_empty[Tile::kStages];
+  uint64_t value_full[Tile::kStages], value_empty[Tile::kStages];
+  uint64_t kept_full[Tile::kStages], kept_empty[Tile::kStages];
+  uint64_t work_full[2], work_empty[2];
+
+  // Where O is on its way out.
+  __device__ __forceinline__ auto& out() {
+    if constexpr (Tile::kOwnOut)
+      return own_out;
+    else
+      return query;
+  }
+};
+
+// Where a thread stands in a ring of kBuffers: the buffer that is due, and the parity of the phase
+// in which it gets full. Whoever fills it waits for the opposite parity of its "empty" first, which
+// lets the first round pass.
+template <int kBuffers>
+struct Cursor {
+  int at = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++at < kBuffers) return;
+    at = 0;
+    parity ^= 1;
+  }
+};
+
+// In which order tiles are taken: the last queries first, as they see most keys.
+template <typename Tile>
+inline TileOrder forward_order(const Attention& p) {
+  const long long head_bytes = 2LL * 2 * p.n_keys * p.dim;  // of K and V, in 16 bits
+  return tile_order(p.batches, p.heads, p.key_heads, p.n_queries, Tile::kQueries, head_bytes, true);
+}
+
+}  // namespace hopper
+}  // namespace fusedformer
