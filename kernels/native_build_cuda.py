@@ -33,7 +33,7 @@ FLAGS = [
     "-lineinfo",
     # Registers and spills of every kernel, which tests read.
     "-Xptxas=-v",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DUSE_CUDA",
 ]
