@@ -15,12 +15,14 @@ _ABOUT = {
     "gpt": "a GPT on text: the next token",
     "bert": "a BERT on text: masked tokens",
     "vit": "a ViT on images: their classes",
+    "bert-classifier": "a BERT on labelled texts: their classes",
 }
 _DATA = {
     "seq2seq": "a TSV file: source, tab, target",
     "gpt": "a text file or a folder of *.txt",
     "bert": "a text file or a folder of *.txt",
     "vit": "a folder with a folder of images for each class",
+    "bert-classifier": "a TSV file: class, tab, text",
 }
 
 
@@ -43,6 +45,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
             help=f"{_DATA[task]}; or a name of `fusedformer data list`; default: the preset's",
         )
         own.add_argument("--held-out", help="the like, to measure on; default: a part of --data")
+        own.set_defaults(start=None)
+        if task == "bert-classifier":
+            own.add_argument(
+                "--start",
+                metavar="CHECKPOINT",
+                help="begin with a BERT that `train bert` made: its weights, sizes and tokenizer",
+            )
         own.add_argument(
             "--set",
             nargs="+",
@@ -69,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         preset=args.preset,
         data=args.data,
         held_out=args.held_out,
+        start=args.start,
         resume=args.resume,
         parallel=args.parallel,
         **presets.parse(args.task, args.set),

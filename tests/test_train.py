@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from fusedformer.cli import main
 from fusedformer.transformer import checkpoint, presets
@@ -18,6 +19,7 @@ pytest.importorskip("tokenizers")
 TINY = ["d_model=16", "layers=1", "heads=2", "d_ff=16", "steps=2", "batch_size=64", "warmup=1"]
 TINY += ["log_every=1", "evaluate_every=1", "save_every=1", "keep=9"]
 WORDS = ["door", "light", "is", "open", "closed", "on", "off", "the"]
+ONE_CLASS = "".join(f"class\ttext {i}\n" for i in range(99))
 
 
 @pytest.fixture
@@ -33,6 +35,14 @@ def pairs(tmp_path):
 def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(f"The {a} is {b}." for a in WORDS * 2 for b in WORDS))
+    return path
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    path = tmp_path / "labelled.tsv"
+    texts = [(a, b) for a in WORDS for b in WORDS]
+    path.write_text("".join(f"{min(a, b)}\t{a} {b}\n" for a, b in texts if a != b))
     return path
 
 
@@ -134,6 +144,8 @@ def test_unknown_preset(tmp_path, capsys):
     [
         ("seq2seq", "a\tb\nc d\n", "data.txt, line 2: wants source, one tab, target"),
         ("seq2seq", "", "data.txt is empty"),
+        ("bert-classifier", "a\tb\nc\t\n", "data.txt, line 2: wants class, one tab, text; got an"),
+        ("bert-classifier", ONE_CLASS, "must be of two classes or more; all are class"),
         ("seq2seq", "a\tb\n", "data.txt is too small: it leaves nothing to"),
         ("gpt", " \n", "data.txt is empty"),
         ("gpt", "ab", "data.txt is too small: it leaves nothing to hold out"),
@@ -182,9 +194,10 @@ def test_folder_that_holds_something(tmp_path, capsys, text):
 # --- Runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["seq2seq", "gpt", "bert", "vit"])
+@pytest.mark.parametrize("task", ["seq2seq", "gpt", "bert", "vit", "bert-classifier"])
 def test_run_leaves_a_checkpoint_that_loads(task, tmp_path, capsys, request):
-    source = request.getfixturevalue({"seq2seq": "pairs", "vit": "images"}.get(task, "text"))
+    fixtures = {"seq2seq": "pairs", "vit": "images", "bert-classifier": "labelled"}
+    source = request.getfixturevalue(fixtures.get(task, "text"))
     out = tmp_path / "out"
     more = ["image_size=4", "patch_size=2"] if task == "vit" else ["vocab_size=270"]
     command = ["train", task, "--data", str(source), "--out", str(out), "--set", *TINY, *more]
@@ -204,6 +217,11 @@ def test_run_leaves_a_checkpoint_that_loads(task, tmp_path, capsys, request):
         assert about["mean"] == pytest.approx((40 + 200 + 17) / 2 / 255, abs=0.02)
     else:
         assert tokenizer.get_vocab_size() == model.config.vocab_size == 270
+    if task == "bert-classifier":
+        assert about["labels"] == sorted(WORDS)[:-1]
+        assert model.config.classes == len(WORDS) - 1
+        assert main(["classify", str(out), "the light"]) == 0
+        assert capsys.readouterr().out.startswith("the light: ")
     if importlib.util.find_spec("matplotlib"):
         assert (out / "loss.png").stat().st_size > 1000
 
@@ -245,6 +263,31 @@ def test_held_out_file(tmp_path, text):
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["held_out"] == str(other)
     assert found["bits per byte of a trigram model"] < found["bits per byte"]
+
+
+def test_a_classifier_begins_with_another_bert(tmp_path, capsys, text, labelled):
+    train("bert", data=text, out=tmp_path / "bert", say=print, **tiny())
+    other, tokenizer = checkpoint.load(tmp_path / "bert")
+    command = ["train", "bert-classifier", "--data", str(labelled), "--out", str(tmp_path / "out")]
+    command += ["--start", str(tmp_path / "bert")]
+    still = ["steps=2", "warmup=1", "learning_rate=0", "weight_decay=0"]
+    assert main([*command, "--set", *still, "dropout=0.3"]) == 0
+    model, same = checkpoint.load(tmp_path / "out")
+    assert same.to_str() == tokenizer.to_str()
+    assert (model.config.d_model, model.config.dropout) == (16, 0.3)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("classifier."):
+            assert torch.equal(tensor, other.state_dict()[name]), name
+    assert model.config.classes == len(model.classifier.bias) == len(WORDS) - 1
+    assert main([*command[:2], *command[4:6], "--resume", "--set", "steps=3"]) == 0
+    capsys.readouterr()
+    command[5] = str(tmp_path / "other")
+    assert_user_error([*command, "--set", "layers=2"], "layers is that of", capsys)
+    command[-1] = "nowhere"
+    assert_user_error(command, "nowhere is no checkpoint", capsys)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="start is for a bert-classifier; gpt begins at random"):
+        train("gpt", data=text, start=tmp_path / "bert", out=tmp_path / "other")
 
 
 def test_right_to_left(tmp_path, text):

@@ -1,4 +1,4 @@
-"""Batches of the four tasks: what is read, what is to be told, and what it costs."""
+"""Batches of each task: what is read, what is to be told, and what it costs."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from fusedformer.transformer.train_tasks import (
     Classes,
     MaskedTokens,
     NextToken,
+    TextClasses,
     Translation,
     fingerprint,
 )
@@ -55,7 +56,12 @@ def classes(**more):
     return Classes(VIT, images.take(index[:16]), images.take(index[16:]), 6, seed=0, **more)
 
 
-TASKS = [translation, next_token, masked, classes]
+def text_classes(**more):
+    both = [(texts, [len(text) % 2 for text in texts]) for texts in (pairs(60)[1], pairs(20)[1])]
+    return TextClasses(MASKED, *both, 100, seed=0, **more)
+
+
+TASKS = [translation, next_token, masked, classes, text_classes]
 
 
 # --- What every task promises ---------------------------------------------------------------------
@@ -77,12 +83,13 @@ def test_a_batch_is_a_function_of_its_number(make):
 @pytest.mark.parametrize("make", TASKS)
 def test_terms_are_those_of_the_models_mean(make):
     """The mean over a batch times its terms is a sum: that of its rows."""
-    models = {translation: Transformer(SEQ2SEQ), next_token: GPT(TEXT), masked: BERT(MASKED)}
-    model = models.get(make) or ViT(VIT)
+    models = {translation: Transformer(SEQ2SEQ), next_token: GPT(TEXT), classes: ViT(VIT)}
+    model = models.get(make) or BERT(MASKED)
     task = make()
+    loss = getattr(model.double(), task.loss)
     for batch in [task.batch(0), *task.held_out_batches()]:
         rows = len(next(iter(batch.inputs.values())))
-        whole = model.double().loss(**doubled(batch.inputs)) * batch.terms
+        whole = loss(**doubled(batch.inputs)) * batch.terms
         parts = 0.0
         for row in range(rows):
             inputs = {name: tensor[row : row + 1] for name, tensor in batch.inputs.items()}
@@ -92,7 +99,7 @@ def test_terms_are_those_of_the_models_mean(make):
                 terms = int((inputs["labels"] >= 0).sum())
             else:
                 terms = inputs["tokens"].shape[1] - 1 if make is next_token else 1
-            parts += model.loss(**doubled(inputs)) * terms
+            parts += loss(**doubled(inputs)) * terms
         torch.testing.assert_close(whole, parts)
 
 
@@ -106,7 +113,7 @@ def test_fingerprint_is_of_the_training_data():
     assert fingerprint(other) != fingerprint(next_token())
     marks = {fingerprint(make()) for make in TASKS}
     # The text of both text tasks is the same.
-    assert len(marks) == 3
+    assert len(marks) == 4
 
 
 # --- Each task ------------------------------------------------------------------------------------
@@ -216,6 +223,24 @@ def test_images_are_moved():
     assert torch.equal(held_out.inputs["images"], same.inputs["images"])
 
 
+def test_text_classes():
+    task = text_classes()
+    seen = []
+    for batch in map(task.batch, range(len(task.batches))):
+        inputs = batch.inputs
+        assert inputs["tokens"].numel() <= 100
+        assert batch.tokens == inputs["lengths"].sum()
+        assert torch.equal(inputs["labels"], inputs["lengths"] % 2)
+        for row, length in zip(inputs["tokens"], inputs["lengths"], strict=True):
+            seen.append(row[:length].tolist())
+            assert (row[length:] == PAD).all()
+    assert sorted(seen) == sorted(pairs(60)[1])
+    assert sum(batch.terms for batch in task.held_out_batches()) == 20
+    texts = [[SOS, *[7] * 20, EOS], [SOS, *[7] * 21, EOS]]
+    with pytest.raises(ValueError, match="training text 2 has 23 tokens, more than max_length, 22"):
+        TextClasses(MASKED, (texts, [0, 1]), (texts, [0, 1]), 100, seed=0)
+
+
 # --- Operations -----------------------------------------------------------------------------------
 
 
@@ -246,6 +271,10 @@ def test_operations_are_those_that_torch_counts(make):
             hidden = model(torch.full((3, 8), 5))
             model.masked_lm(hidden[:, :2])
             ours, causal = train_flops.bert(MASKED, 3, 8, 6), 0
+        elif make is text_classes:
+            model = BERT(MASKED)
+            model.classify(model(torch.full((3, 8), 5)))
+            ours, causal = train_flops.bert_classifier(MASKED, [8] * 3), 0
         else:
             ViT(VIT)(torch.zeros(3, 1, 4, 4))
             ours, causal = train_flops.vit(VIT, 3), 0

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Pairs = list[tuple[str, str]]  # (source, target)
+Labelled = list[tuple[str, str]]  # (class, text)
 Documents = list[str]
 
 # Of every tokenizer, in this order: ids 0 to 4. BERT's [CLS] and [SEP] are <sos> and <eos>.
@@ -48,15 +49,28 @@ def read_pairs(path: "str | Path") -> Pairs:
     Raises:
         ValueError: a line is something else (its number is named), or there is none.
     """
+    return _read_tsv(path, "source, one tab, target")
+
+
+def read_labelled(path: "str | Path") -> Labelled:
+    """A UTF-8 file with a class's name, a tab and a text of this class in each line.
+
+    Raises:
+        ValueError: a line is something else (its number is named), or there is none.
+    """
+    return _read_tsv(path, "class, one tab, text")
+
+
+def _read_tsv(path: "str | Path", wanted: str) -> list[tuple[str, str]]:
     pairs = []
     for number, line in enumerate(_lines(path), start=1):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 2 or not all(fields):
             found = f"{len(fields)} fields" if len(fields) != 2 else "an empty field"
-            raise ValueError(f"{path}, line {number}: wants source, one tab, target; got {found}")
+            raise ValueError(f"{path}, line {number}: wants {wanted}; got {found}")
         pairs.append((fields[0], fields[1]))
     if not pairs:
-        raise ValueError(f"{path} is empty; it wants lines of source, one tab, target")
+        raise ValueError(f"{path} is empty; it wants lines of {wanted}")
     return pairs
 
 
@@ -152,6 +166,15 @@ def split_pairs(pairs: Pairs) -> tuple[Pairs, Pairs]:
     held_out = [pair for pair in pairs if _digest(pair[0]) % HELD_OUT == 0]
     sources, targets = {pair[0] for pair in held_out}, {pair[1] for pair in held_out}
     training = [pair for pair in pairs if pair[0] not in sources and pair[1] not in targets]
+    return training, held_out
+
+
+def split_labelled(texts: Labelled) -> tuple[Labelled, Labelled]:
+    """(training, held out): a twentieth of the texts, chosen by their hash, so equal ones alike."""
+    training: Labelled = []
+    held_out: Labelled = []
+    for one in texts:
+        (training if _digest(one[1]) % HELD_OUT else held_out).append(one)
     return training, held_out
 
 

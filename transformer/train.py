@@ -25,6 +25,7 @@ def train(
     preset: "str | None" = None,
     data: "str | Path | None" = None,
     held_out: "str | Path | None" = None,
+    start: "str | Path | None" = None,
     resume: bool = False,
     parallel: str = "ddp",
     say: Callable[[str], None] = print,
@@ -33,12 +34,14 @@ def train(
     """Trains a model and reports what it has learned on held-out data.
 
     Args:
-        task: "seq2seq", "gpt", "bert" or "vit".
+        task: "seq2seq", "gpt", "bert", "vit" or "bert-classifier".
         out: a folder for checkpoints, metrics.jsonl, loss.png and report.json.
         preset: of presets.PRESETS[task]; "small" by default.
-        data: a TSV file of pairs, a text file or folder of them, a folder of folders of images, or
-            a name of datasets.DATASETS; the preset's by default.
+        data: a TSV file of pairs or of classes and texts, a text file or folder of them, a folder
+            of folders of images, or a name of datasets.DATASETS; the preset's by default.
         held_out: a file or folder like ``data``; by default a part of it (data.split_*).
+        start: for a bert-classifier, the checkpoint of a BERT that it begins with, whose sizes and
+            tokenizer it takes.
         resume: go on with the run in ``out``; the arguments above may then be left out.
         parallel: "ddp" or "fsdp", for processes that torchrun started.
         say: prints a line.
@@ -54,7 +57,7 @@ def train(
         KeyboardInterrupt: interrupted; the state is saved, and ``resume`` goes on from it.
     """
     out = Path(out)
-    asked = {"task": task, "preset": preset, "data": data, "held_out": held_out}
+    asked = {"task": task, "preset": preset, "data": data, "held_out": held_out, "start": start}
     run = _resumed(out, asked, fields) if resume else _new(out, asked, fields)
     model_config, config, _ = resolve(run["task"], run["preset"], run["fields"])
     with World(parallel) as world:
@@ -101,12 +104,14 @@ def _new(out: Path, asked: dict[str, Any], fields: dict[str, Any]) -> dict[str, 
     source = asked["data"] or own
     if source is None:
         raise ValueError(f"the preset {preset} has no data of its own; data must name some")
-    held_out = asked["held_out"] and str(asked["held_out"])
+    if asked["start"] is not None and asked["task"] != "bert-classifier":
+        raise ValueError(f"start is for a bert-classifier; {asked['task']} begins at random")
+    given = {name: asked[name] and str(asked[name]) for name in ("held_out", "start")}
     return {
         "task": asked["task"],
         "preset": preset,
         "data": str(source),
-        "held_out": held_out,
+        **given,
         "fields": fields,
     }
 
@@ -117,8 +122,8 @@ def _resumed(out: Path, asked: dict[str, Any], fields: dict[str, Any]) -> dict[s
         raise ValueError(f"{out} holds no run to resume; there is no run.json in it")
     run = json.loads(file.read_text(encoding="utf-8"))
     for name, value in asked.items():
-        if value is not None and str(value) != run[name]:
-            raise ValueError(f"{out} holds a run with {name} {run[name]}, not {value}")
+        if value is not None and str(value) != run.get(name):
+            raise ValueError(f"{out} holds a run with {name} {run.get(name)}, not {value}")
     fixed = [name for name in fields if name not in CHANGEABLE]
     for name in fixed:
         model, training, _ = resolve(run["task"], run["preset"], run["fields"])

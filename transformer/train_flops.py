@@ -40,6 +40,15 @@ def bert(config: BERTConfig, rows: int, length: int, masked: int) -> float:
     return _FORWARD_AND_BACKWARD * (stack + output)
 
 
+def bert_classifier(config: BERTConfig, lengths: Iterable[int]) -> float:
+    """Of a training step on texts of these lengths."""
+    total = 0.0
+    for length in lengths:
+        stack = config.layers * _layer(config, length, length)
+        total += stack + 2 * config.d_model * (config.d_model + config.classes)
+    return _FORWARD_AND_BACKWARD * total
+
+
 def vit(config: ViTConfig, images: int) -> float:
     """Of a training step."""
     patches = (config.image_size // config.patch_size) ** 2

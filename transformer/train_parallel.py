@@ -23,14 +23,14 @@ PARALLEL = ("ddp", "fsdp")
 class Loss(nn.Module):
     """A model's loss as a forward, which is what DDP, FSDP2 and compile watch over."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__()
         self.model = model
+        self.method = method
 
     def forward(self, **inputs: Any) -> Tensor:
-        """model.loss(**inputs)."""
-        model: Any = self.model
-        return model.loss(**inputs)
+        """The model's method, such as model.loss(**inputs)."""
+        return getattr(self.model, self.method)(**inputs)
 
 
 class World:
@@ -68,9 +68,14 @@ class World:
                 self.wait()  # so that none leaves while another still reads what it sent
             dist.destroy_process_group()
 
-    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """(what to call with a batch, the same without DDP's hooks, for batches held out)."""
-        loss = Loss(model)
+    def wrap(self, model: nn.Module, method: str) -> tuple[nn.Module, nn.Module]:
+        """(what to call with a batch, the same without DDP's hooks, for batches held out).
+
+        Args:
+            model: its parameters are spread over the processes, or copied to each.
+            method: the model's, which gives the loss of a batch.
+        """
+        loss = Loss(model, method)
         if not self.many:
             return loss, loss
         if self.parallel == "ddp":

@@ -1,6 +1,7 @@
 """What a finished training has learned, measured on held-out data beside a simple baseline."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusedformer.transformer.train_tasks import (
     MaskedTokens,
     NextToken,
     Task,
+    TextClasses,
     Translation,
 )
 
@@ -39,13 +41,13 @@ def report(
         return _next_token(model, task, sum(len(text.encode()) for text in held_out))
     if isinstance(task, MaskedTokens):
         return _masked_tokens(model, task)
-    return _classes(model, task)
+    return _text_classes(model, task) if isinstance(task, TextClasses) else _classes(model, task)
 
 
 def _held_out_loss(model: Any, task: Task) -> float:
     total, terms = 0.0, 0
     for batch in task.held_out_batches():
-        total += float(model.loss(**batch.inputs)) * batch.terms
+        total += float(getattr(model, task.loss)(**batch.inputs)) * batch.terms
         terms += batch.terms
     return total / terms
 
@@ -115,4 +117,18 @@ def _classes(model: Any, task: Classes) -> dict[str, float]:
         "cross-entropy": _held_out_loss(model, task),
         "accuracy": right / len(labels),
         "accuracy of the commonest class": float((labels == commonest).double().mean()),
+    }
+
+
+def _text_classes(model: Any, task: TextClasses) -> dict[str, float]:
+    right = 0
+    for batch in task.held_out_batches():
+        hidden = model(batch.inputs["tokens"], lengths=batch.inputs["lengths"])
+        right += int((model.classify(hidden).argmax(-1) == batch.inputs["labels"]).sum())
+    labels = task.held_out[1]
+    commonest = statistics.mode(task.training[1])
+    return {
+        "cross-entropy": _held_out_loss(model, task),
+        "accuracy": right / len(labels),
+        "accuracy of the commonest class": labels.count(commonest) / len(labels),
     }

@@ -15,10 +15,23 @@ from fusedformer.transformer.gpt import GPT, GPTConfig
 from fusedformer.transformer.presets import TrainConfig
 from fusedformer.transformer.seq2seq import Transformer, TransformerConfig
 from fusedformer.transformer.train_parallel import World
-from fusedformer.transformer.train_tasks import Classes, MaskedTokens, NextToken, Task, Translation
+from fusedformer.transformer.train_tasks import (
+    Classes,
+    MaskedTokens,
+    NextToken,
+    Task,
+    TextClasses,
+    Translation,
+)
 from fusedformer.transformer.vit import ViT, ViTConfig
 
-_KINDS = {"seq2seq": "pairs", "gpt": "text", "bert": "text", "vit": "images"}
+_KINDS = {
+    "seq2seq": "pairs",
+    "gpt": "text",
+    "bert": "text",
+    "vit": "images",
+    "bert-classifier": "labelled texts",
+}
 
 
 class Setup(NamedTuple):
@@ -28,7 +41,7 @@ class Setup(NamedTuple):
     task: Task
     tokenizer: Any  # None for images
     about: dict[str, Any]  # for config.json
-    held_out: Sequence[Any]  # pairs or documents, for the report
+    held_out: Sequence[Any] = ()  # pairs or documents, for the report
 
 
 def set_up(
@@ -48,12 +61,20 @@ def set_up(
     if isinstance(model_config, ViTConfig):
         return _images(model_config, config, training, held_out, tell)
 
-    texts = [text for pair in training for text in pair] if run["task"] == "seq2seq" else training
+    if run.get("start"):
+        return _fine_tuning(run, config, training, held_out, tell)
+    texts = training
+    if run["task"] == "seq2seq":
+        texts = [text for pair in training for text in pair]
+    elif run["task"] == "bert-classifier":
+        texts = [text for _, text in training]
     tokenizer = _tokenizer(texts, model_config, out, world)
     size: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size()}
     model_config = dataclasses.replace(model_config, **size)
     if isinstance(model_config, TransformerConfig):
         return _pairs(model_config, config, training, held_out, tokenizer, tell)
+    if run["task"] == "bert-classifier":
+        return _labelled(BERT, model_config, config, training, held_out, tokenizer, tell)
     return _text(model_config, config, training, held_out, tokenizer, tell)
 
 
@@ -64,6 +85,7 @@ def _read(run: Mapping[str, Any], model_config: ModelConfig) -> tuple[Any, Any]:
         "pairs": data.split_pairs,
         "text": data.split_documents,
         "images": data.split_images,
+        "labelled texts": data.split_labelled,
     }
     split = splits[kind]
     whole = _read_one(run["data"], run["task"], model_config)
@@ -89,6 +111,8 @@ def _read_one(source: str, task: str, config: ModelConfig) -> Any:
             return data.read_pairs(source)
         if kind == "text":
             return data.read_documents(source)
+        if kind == "labelled texts":
+            return data.read_labelled(source)
         assert isinstance(config, ViTConfig)
         return data.read_images(source, (config.channels, config.image_size, config.image_size))
     if source not in datasets.DATASETS:
@@ -188,6 +212,76 @@ def _text(
     return Setup(model, task, tokenizer, {"task": "bert"}, held_out)
 
 
+def _labelled(
+    make: Callable[[BERTConfig], BERT],
+    config: Any,
+    training_config: TrainConfig,
+    training: data.Labelled,
+    held_out: data.Labelled,
+    tokenizer: Any,
+    tell: Callable[[str], None],
+) -> Setup:
+    classes = sorted({name for name, _ in training})
+    if len(classes) < 2:
+        raise ValueError(f"the training texts must be of two classes or more; all are {classes[0]}")
+    if unknown := {name for name, _ in held_out} - set(classes):
+        raise ValueError(f"of the class {min(unknown)} there are held-out texts and no others")
+    number = {name: i for i, name in enumerate(classes)}
+    parts = []
+    for part, texts in (("training", training), ("held-out", held_out)):
+        ids = data.encode(tokenizer, [text for _, text in texts], sos=True, eos=True)
+        both = [(one, number[name]) for one, (name, _) in zip(ids, texts, strict=True)]
+        if training_config.too_long == "drop":
+            both = [one for one in both if len(one[0]) <= config.max_length]
+            if left_out := len(texts) - len(both):
+                tell(f"{left_out} of {len(texts)} {part} texts are too long and left out")
+            if not both:
+                raise ValueError(f"all {part} texts are longer than max_length")
+        parts.append(([one for one, _ in both], [label for _, label in both]))
+    tell(
+        f"{len(parts[0][0]):,} texts to train on, {len(parts[1][0]):,} held out; "
+        f"{len(classes)} classes; {config.vocab_size} kinds of token"
+    )
+    config = dataclasses.replace(config, classes=len(classes))
+    size, seed = training_config.batch_size, training_config.seed
+    task = TextClasses(config, parts[0], parts[1], size, seed)
+    model = make(config)
+    # The other head has no part in this loss.
+    for head in (model.head_linear, model.head_norm):
+        head.requires_grad_(False)
+    model.head_bias.requires_grad_(False)
+    return Setup(model, task, tokenizer, {"task": "bert-classifier", "labels": classes})
+
+
+def _fine_tuning(
+    run: Mapping[str, Any],
+    training_config: TrainConfig,
+    training: data.Labelled,
+    held_out: data.Labelled,
+    tell: Callable[[str], None],
+) -> Setup:
+    """A classifier that begins with the weights, sizes and tokenizer of another BERT."""
+    start = run["start"]
+    other, tokenizer = checkpoint.load(start)
+    if not isinstance(other, BERT) or tokenizer is None:
+        found = "no tokenizer.json" if isinstance(other, BERT) else f"a {type(other).__name__}"
+        raise ValueError(f"start wants a BERT with its tokenizer; {start} has {found}")
+    rates = ("dropout", "ff_dropout")
+    own = {field.name for field in dataclasses.fields(BERTConfig)}.intersection(run["fields"])
+    if fixed := own.difference(rates):
+        raise ValueError(f"{min(fixed)} is that of {start} and cannot be set")
+    changes: dict[str, Any] = {name: run["fields"][name] for name in own}
+    config = dataclasses.replace(other.config, **changes)
+
+    def make(config: BERTConfig) -> BERT:
+        model = BERT(config)
+        fresh = {f"classifier.{name}": p for name, p in model.classifier.state_dict().items()}
+        model.load_state_dict(other.state_dict() | fresh)
+        return model
+
+    return _labelled(make, config, training_config, training, held_out, tokenizer, tell)
+
+
 def _images(
     config: ViTConfig,
     training_config: TrainConfig,
@@ -203,4 +297,4 @@ def _images(
         f"{config.classes} classes"
     )
     about = {"task": "vit", "labels": training.classes, "mean": task.mean, "std": task.std}
-    return Setup(ViT(config), task, None, about, ())
+    return Setup(ViT(config), task, None, about)

@@ -1,9 +1,9 @@
-"""What is learned: translation, the next token, masked tokens, images' classes.
+"""What is learned: translation, the next token, masked tokens, classes of images and of texts.
 
-A task holds training and held-out data in tensors and gives batches by number: the arguments of the
-model's ``loss``, how many terms its mean has, and how many floating-point operations the model's
-products need for it. Batch ``number`` is a pure function of the data, the configuration and the
-number, random masks and shifts included.
+A task holds training and held-out data and gives batches by number: the arguments of one of the
+model's methods, named ``loss``, how many terms the mean has that this returns, and how many
+floating-point operations the model's products need for it. Batch ``number`` is a pure function of
+the data, the configuration and the number, random masks and shifts included.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class Translation:
         ValueError: a sentence is longer than the model's ``max_length``.
     """
 
-    unit = "tokens"
+    unit, loss = "tokens", "loss"
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class NextToken:
     of a piece is the first of the next, so that all are predicted.
     """
 
-    unit = "tokens"
+    unit, loss = "tokens", "loss"
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class MaskedTokens:
     these become <mask>, 10% any token, 10% stay, and all of them are to be told.
     """
 
-    unit = "tokens"
+    unit, loss = "tokens", "loss"
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class Classes:
     Pixels p in 0..255 are shown as (p / 255 - mean) / std, mean and std those of the training data.
     """
 
-    unit = "images"
+    unit, loss = "images", "loss"
 
     def __init__(
         self,
@@ -296,7 +296,59 @@ class Classes:
         )
 
 
-Task = Translation | NextToken | MaskedTokens | Classes
+class TextClasses:
+    """Texts, <sos> and <eos> at their ends, with their classes.
+
+    Args:
+        training, held_out: token ids of each text, and its class.
+
+    Raises:
+        ValueError: a text is longer than the model's ``max_length``.
+    """
+
+    unit, loss = "tokens", "classification_loss"
+
+    def __init__(
+        self,
+        config: BERTConfig,
+        training: tuple[Ids, Sequence[int]],
+        held_out: tuple[Ids, Sequence[int]],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.config, self.training, self.held_out = config, training, held_out
+        for name, (texts, _) in (("training", training), ("held-out", held_out)):
+            for number, text in enumerate(texts, start=1):
+                if len(text) > config.max_length:
+                    raise ValueError(
+                        f"{name} text {number} has {len(text)} tokens, more than max_length, "
+                        f"{config.max_length} (too_long=drop leaves such texts out)"
+                    )
+        sizes, held_out_sizes = (torch.tensor([len(t) for t in d[0]]) for d in (training, held_out))
+        self.batches = Batches(sizes, batch_size, seed)
+        self._held_out = Batches(held_out_sizes, max(batch_size, int(held_out_sizes.max())), seed)
+
+    def terms(self, number: int) -> int:
+        """How many terms the loss of a batch is the mean of."""
+        return len(self.batches[number])
+
+    def batch(self, number: int) -> Batch:
+        """The batch of a number."""
+        return self._batch(self.training, self.batches[number])
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """All that is held out."""
+        return (self._batch(self.held_out, self._held_out[i]) for i in range(len(self._held_out)))
+
+    def _batch(self, data: tuple[Ids, Sequence[int]], index: Tensor) -> Batch:
+        tokens, lengths = pad([data[0][i] for i in index.tolist()])
+        labels = torch.tensor([data[1][i] for i in index.tolist()])
+        used = flops.bert_classifier(self.config, lengths.tolist())
+        inputs = {"tokens": tokens, "labels": labels, "lengths": lengths}
+        return Batch(inputs, len(index), int(lengths.sum()), used)
+
+
+Task = Translation | NextToken | MaskedTokens | Classes | TextClasses
 
 
 def fingerprint(task: Task) -> str:
@@ -307,6 +359,8 @@ def fingerprint(task: Task) -> str:
         parts = [pad(side)[0] for side in task.training]
     elif isinstance(task, Classes):
         parts = [task.training.pixels, task.training.labels]
+    elif isinstance(task, TextClasses):
+        parts = [pad(task.training[0])[0], torch.tensor(task.training[1])]
     for part in parts:
         digest.update(repr(part.shape).encode() + part.contiguous().numpy().tobytes())
     return digest.hexdigest()

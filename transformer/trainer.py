@@ -102,7 +102,7 @@ class Trainer:
         if config.checkpoint_activations:
             for layer in layers(model):
                 layer.forward = _recomputed(layer.forward)
-        self._loss, self._held_out_loss = self.world.wrap(model)
+        self._loss, self._held_out_loss = self.world.wrap(model, task.loss)
         if config.compile:
             self._loss.compile()
         self.optimizer = adamw(model, config)
