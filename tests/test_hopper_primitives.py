@@ -1,44 +1,41 @@
-"""What Hopper's kernels are built of: layouts, dropout's bits, and the emulator that runs them.
+"""What Hopper's kernels are built of: layouts, dropout's bits, and functions for instructions.
 
-The emulator is written from the PTX ISA's text, without csrc/cuda/layouts.h; that the two agree is
-tested here by products, and that both agree with a compiler for the chip by Triton's PTX.
+Layouts are tested against counting, and against what Triton, whose kernels run on the chip, has in
+its PTX; the functions by what nvcc makes of them.
 """
 
 import ctypes
+import importlib.util
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
 
 import hopper_calls
+import ptx_products
 import pytest
 import torch
-from bounds import assert_within_bound
 
-from fusedformer.kernels import rng
+from fusedformer.kernels import native_build_cuda, rng
+from fusedformer.kernels.native_cache import BuildError
 
 pytestmark = pytest.mark.skipif(
     hopper_calls.COMPILER is None, reason="there is no C++ compiler here"
 )
 
-# In the order of primitives_main.cpp.
-MISTAKES = (
-    "none", "no wait for load", "no wait for product", "release too early", "wrong parity",
-    "no release", "too few bytes", "too many bytes", "accumulator not fenced",
-    "accumulator written after fence", "operand changed", "no fence before store",
-    "no barrier before store", "no wait for store", "no commit of store", "misaligned tile",
-    "out of bounds", "generic out of bounds", "no init fence", "no init", "too many registers",
-    "barrier count", "one lane at barrier", "different products", "misaligned bulk", "trap",
-    "load not awaited", "spin",
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("primitives")
+    """The functions of layouts.h and dropout_bits.h."""
     built = hopper_calls.build_driver(
-        "primitives_main.cpp", 0, folder / "primitives.so", hopper_calls.build_emulator(folder)
+        "layouts_main.cpp", 0, tmp_path_factory.mktemp("layouts") / "layouts.so", []
     )
     built.k_major.restype = built.transposed.restype = ctypes.c_uint64
-    built.packed.restype = ctypes.c_uint32
-    built.packed.argtypes = [ctypes.c_float, ctypes.c_float, ctypes.c_int]
     built.dropout_tile.argtypes = [
         ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32,
         ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p,
@@ -103,23 +100,6 @@ def test_fragments(library):
         assert (library.fragment_row_of(thread, i), library.fragment_column_of(thread, i)) == place
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pack_rounds_as_torch(library, dtype):
-    torch.manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31, (20000,)).to(torch.int32)
-    # Near halves of a unit in the last place, overflow, subnormals, zeros.
-    near = torch.arange(-3, 4, dtype=torch.int32)[:, None] + torch.tensor(
-        [0x3F808000, 0x3F801000, 0x477FF000, 0x387FF000, 0x33000000, 0x33C00000, 0x7F7F8000, 3],
-        dtype=torch.int32,
-    )
-    x = torch.cat([bits, near.flatten()]).view(torch.float32)
-    x = x[~x.isnan()]
-    mine = torch.tensor(
-        [library.packed(0, value, dtype == torch.bfloat16) >> 16 for value in x.tolist()]
-    )
-    assert torch.equal(mine, x.to(dtype).view(torch.int16).long() & 0xFFFF)
-
-
 # ---- Dropout -------------------------------------------------------------------------------------
 
 
@@ -142,153 +122,123 @@ def test_dropout_bits(library, rows, columns, transposed, p):
     assert torch.equal(keep, truth[0, 0])
 
 
-# ---- The emulator --------------------------------------------------------------------------------
+# ---- As a compiler for the chip has it -----------------------------------------------------------
+
+A, B, C, OUT = ((i + 1) << 32 for i in range(4))
 
 
-class Call(ctypes.Structure):
-    """primitives_main.cpp"""
+@pytest.fixture(scope="module")
+def products(tmp_path_factory):
+    """What Triton's kernels do, by their constants."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = hopper_calls.FOLDER / "triton_products.py"
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=True
+    )
+    try:
+        return [
+            (case, ptx_products.Run(case["ptx"], [A, B, C, OUT, 0, 0]))
+            for case in json.loads(done.stdout)
+        ]
+    except ptx_products.UnknownInstructionError as error:
+        pytest.skip(f"this Triton's PTX has an instruction that is not known here: {error}")
 
-    _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("a", "b", "out", "sum")),
-        *((f"{t}_{n}", ctypes.c_int64 * 4) for t in ("a", "b", "out") for n in ("size", "stride")),
-        *((n, ctypes.c_int) for n in ("depth", "n", "bfloat16", "transpose_a", "transpose_b")),
-        *((n, ctypes.c_int) for n in ("a_in_registers", "resident", "mistake")),
-        ("counter", ctypes.c_void_p),
-    ]  # fmt: skip
+
+def tile_at(run, first, rows, columns, library):
+    """Where a tile of 16-bit elements lies in shared memory; it lies there as layouts.h says."""
+    base = min(place for place, word in run.shared.items() if first <= word < first + (1 << 32))
+    for row in range(rows):
+        for column in range(0, columns, 2):
+            place = base + library.tile_byte_of(rows, row, column)
+            assert run.shared[place] == first + (row * columns + column) * 2
+    return base
 
 
-def operand(batch, heads, rows, columns, dtype):
-    """(B, H, rows, columns), as a transposed view of (B, rows, H, columns)."""
-    return torch.randn(batch, rows, heads, columns).to(dtype).transpose(1, 2)
+@pytest.mark.slow
+def test_descriptors_as_triton_has_them(library, products):
+    for case, run in products:
+        if case["CHAIN"]:
+            continue
+        N, K, transposes = case["N"], case["K"], (case["TRANSPOSE_A"], case["TRANSPOSE_B"])
+        shapes = [(64, K), (N, K)]
+        rows = [s[transpose] for s, transpose in zip(shapes, transposes, strict=True)]
+        columns = [s[not transpose] for s, transpose in zip(shapes, transposes, strict=True)]
+        at = [tile_at(run, *tile, library) for tile in zip((A, B), rows, columns, strict=True)]
+        assert len(run.products) == K // 16
+        for k, asked in enumerate(run.products):
+            assert asked["shape"] == f"m64n{N}k16"
+            assert asked["transposes"] == transposes
+            for i, name in enumerate("ab"):
+                if not transposes[i]:
+                    mine = library.k_major(at[i], rows[i], k)
+                else:
+                    mine = library.transposed(at[i], rows[i], k)
+                    if shapes[i][0] == 64:  # one panel: where the next one is, is not looked at
+                        mine &= ~(0x3FFF << 16)
+                assert asked[name] == mine, (transposes, k, name)
 
 
-def multiply(
-    library, *, seed=0, mistake="none", rows=128, n=128, depth=192, dtype=torch.bfloat16,
-    transpose_a=False, transpose_b=False, a_in_registers=False, heads=(2, 2), resident=1,
-):  # fmt: skip
-    """The emulated product's error text, or its results beside eager's and the truth."""
-    torch.manual_seed(1)
-    a, b = operand(*heads, rows, depth, dtype), operand(*heads, n, depth, dtype)
-    stored_a = operand(*heads, depth, rows, dtype).copy_(a.mT) if transpose_a else a
-    stored_b = operand(*heads, depth, n, dtype).copy_(b.mT) if transpose_b else b
-    out = hopper_calls.poisoned(operand(*heads, rows, n, dtype))
-    before = torch.randn(heads[0] * heads[1], 128, n)
-    total = before.clone()
-    counter = torch.zeros((), dtype=torch.int32)
-    arrays = [
-        (ctypes.c_int64 * 4)(*numbers)
-        for tensor in (stored_a, stored_b, out)
-        for numbers in (tensor.shape, tensor.stride())
-    ]
-    call = Call(
-        stored_a.data_ptr(), stored_b.data_ptr(), out.data_ptr(), total.data_ptr(), *arrays,
-        depth, n, dtype == torch.bfloat16, transpose_a, transpose_b, a_in_registers, resident,
-        MISTAKES.index(mistake), counter.data_ptr(),
+@pytest.mark.slow
+def test_fragments_as_triton_has_them(library, products):
+    for case, run in products:
+        N = case["N"]
+        assert len(run.stored) == 64 * N
+        for row in range(64):
+            for column in range(N):
+                thread, i = run.stored[OUT + (row * N + column) * 4]
+                mine = library.fragment_row_of(thread, i), library.fragment_column_of(thread, i)
+                assert mine == (row, column)
+        # An accumulator as the next product's operand a.
+        if case["CHAIN"]:
+            chained = run.products[case["K"] // 16 :]
+            assert len(chained) == N // 16
+            for k, asked in enumerate(chained):
+                for thread, words in enumerate(asked["a"]):
+                    pairs = [tuple((thread, 8 * k + 2 * r + e) for e in (0, 1)) for r in range(4)]
+                    assert words == pairs
+
+
+def disassembly(cubin: Path) -> str:
+    """Its SASS, by the tool of nvcc's or of Triton's."""
+    folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    for folder in triton.submodule_search_locations if triton else ():
+        folders.append(f"{folder}/backends/nvidia/bin")
+    tool = shutil.which("cuobjdump", path=os.pathsep.join(folders))
+    if tool is None:
+        pytest.skip("there is no cuobjdump here")
+    return subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_nvcc_makes_the_instructions(tmp_path):
+    """Every function of hopper.h, without a warning, as the instruction that it is for."""
+    try:
+        nvcc = native_build_cuda.find_nvcc()
+    except BuildError as reason:
+        pytest.skip(str(reason))
+    done = subprocess.run(
+        [nvcc.path, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin",
+         f"-I{hopper_calls.CUDA}", hopper_calls.FOLDER / "wrappers.cu", "-o", tmp_path / "cubin"],
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
-    error = ctypes.create_string_buffer(20000)
-    if library.product(
-        ctypes.byref(call), ctypes.c_uint64(seed), error, ctypes.c_size_t(len(error))
-    ):
-        return error.value.decode()
-    truth, eager = a.double() @ b.double().mT, a @ b.mT
-    eager32 = (a.float() @ b.float().mT).flatten(0, 1)
-    before, total = before[:, :rows], total[:, :rows]
-    return [
-        ("out", out, eager, truth),
-        ("sum", total, before + eager32, before.double() + truth.flatten(0, 1)),
-    ]
+    said = done.stdout + done.stderr
+    for word in ("warning", "Potential Performance Loss"):
+        assert word not in said, said
+    # No register array has ended in memory.
+    assert len(re.findall(r"(\d+) bytes stack frame", said)) == 17
+    assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", said)) == {"0"}
 
-
-def check(library, **how):
-    result = multiply(library, **how)
-    assert not isinstance(result, str), result
-    for name, actual, eager, truth in result:
-        assert_within_bound(name, actual, eager, truth)
-
-
-@pytest.mark.parametrize("transpose_b", [False, True])
-@pytest.mark.parametrize("a", ["plain", "transposed", "in registers"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_product(library, dtype, a, transpose_b):
-    check(
-        library, dtype=dtype, transpose_a=a == "transposed", a_in_registers=a == "in registers",
-        transpose_b=transpose_b,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"depth": 80},  # the second step reads zeros past the end
-        {"rows": 104, "transpose_a": True},
-        {"n": 96, "transpose_b": True, "dtype": torch.float16},
-        {"n": 96, "a_in_registers": True, "dtype": torch.float16},
-        {"rows": 72, "depth": 264, "transpose_b": True, "resident": 3},
-    ],
-    ids=str,
-)
-def test_product_of_odd_sizes(library, case):
-    check(library, **case)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_product_in_any_order_of_events(library, seed):
-    check(library, seed=seed, resident=1 + seed % 3, transpose_b=True, a_in_registers=True)
-
-
-# What the emulator says to each mistake, whatever the seed.
-SAID = {
-    "wrong parity": "deadlock.*mbarrier at byte",
-    "no release": "deadlock.*mbarrier at byte .*256 arrivals",
-    "too few bytes": "64 bytes landed that were not expected",
-    "too many bytes": "deadlock.*64 bytes missing",
-    "accumulator not fenced": "accumulator was not named in a wgmma_fence",
-    "accumulator written after fence": "accumulator was written after the wgmma_fence",
-    "no fence before store": r"without fence_async\(\)",
-    "no commit of store": "ends without tma_commit",
-    "misaligned tile": "not 1024-byte aligned",
-    "out of bounds": "tma_load: bytes .* of shared memory, which has",
-    "generic out of bounds": "writes past its .* bytes of shared memory",
-    "no init fence": r"no mbarrier_init_fence\(\)",
-    "no init": "no mbarrier was initialised at byte",
-    "too many registers": "deadlock.*232 registers",
-    "barrier count": "barrier .: .* threads, where others said",
-    "one lane at barrier": "deadlock.*rest of its warp at a named barrier",
-    "different products": "ask for different products",
-    "misaligned bulk": "bulk_reduce_add: addresses and size must be multiples of 16",
-    "trap": r"thread 300 .*trap\(\) was called",
-    "load not awaited": "nobody has waited for the last load",
-    "spin": r"load_acquire\(\) was called in vain",
-}
-# These are found where the seed's order brings them out.
-RACES = {
-    "no wait for load": False,
-    "no wait for product": False,
-    "release too early": False,
-    "operand changed": True,
-    "no barrier before store": False,
-    "no wait for store": False,
-}
-
-
-@pytest.mark.parametrize("mistake", SAID)
-def test_mistake_is_found(library, mistake):
-    result = multiply(library, mistake=mistake, heads=(1, 1))
-    assert isinstance(result, str)
-    assert re.search(SAID[mistake], result, re.DOTALL), result
-
-
-@pytest.mark.parametrize("mistake", RACES)
-def test_race_is_found(library, mistake):
-    found = 0
-    for seed in range(8):
-        result = multiply(
-            library, mistake=mistake, seed=seed, a_in_registers=RACES[mistake], heads=(1, 1)
-        )
-        try:
-            assert not isinstance(result, str)
-            for name, actual, eager, truth in result:
-                assert_within_bound(name, actual, eager, truth)
-        except AssertionError:
-            found += 1
-    assert found >= 2
+    sass = disassembly(tmp_path / "cubin")
+    form = r"HGMMA\.64x(\d+)x16\.F32(\.BF16)? R\d+, (?:(R)\d+, )?gdesc\[\w+\](\.tnspA)?(\.tnspB)?"
+    products = Counter(re.findall(form, sass))
+    for n in range(16, 257, 16):
+        for kind in ("", ".BF16"):
+            for a, b in product(("", ".tnspA"), ("", ".tnspB")):
+                assert products[str(n), kind, "", a, b] == 1
+                assert products[str(n), kind, "R", a, b] == (not a)
+    instructions = ("UTMALDG.4D", "UTMASTG.4D", "UBLKCP", "UBLKRED", "SYNCS", "USETMAXREG", "STSM")
+    for instruction in instructions:
+        assert instruction in sass, instruction

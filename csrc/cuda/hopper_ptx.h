@@ -112,12 +112,14 @@ __device__ __forceinline__ float to_float(Element x) {
   return static_cast<float>(x);
 }
 
+// By pack(), for the instruction that converts one number runs at a fraction of its rate.
 template <typename Element>
 __device__ __forceinline__ Element from_float(float x) {
+  const unsigned short bits = static_cast<unsigned short>(pack<Element>(x, 0.f));
   if constexpr (is_bfloat16<Element>())
-    return __float2bfloat16_rn(x);
+    return __ushort_as_bfloat16(bits);
   else
-    return __float2half_rn(x);
+    return __ushort_as_half(bits);
 }
 
 template <typename Element>

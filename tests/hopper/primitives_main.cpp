@@ -3,7 +3,6 @@
 #include <cstdio>
 #include <exception>
 
-#include "dropout_bits.h"
 #include "emulator.h"
 #include "hopper.h"
 #include "layouts.h"
@@ -51,7 +50,7 @@ struct Call {
   void* out;   // (B, H, M, N) of Element
   float* sum;  // (B H, 128, kN): += the product
   int64_t a_sizes[4], a_strides[4], b_sizes[4], b_strides[4], out_sizes[4], out_strides[4];
-  int depth, n;
+  int depth;
   int bfloat16, transpose_a, transpose_b, a_in_registers;
   int resident;
   int mistake;
@@ -242,12 +241,10 @@ void launch(const Call& call, uint64_t seed) {
 // Returns 0, or 1 and the error's text.
 extern "C" int product(const Call* call, uint64_t seed, char* error, size_t error_bytes) {
   try {
-    if (call->n == 96)
-      launch<96, __half>(*call, seed);
-    else if (call->bfloat16)
+    if (call->bfloat16)
       launch<128, __nv_bfloat16>(*call, seed);
     else
-      launch<128, __half>(*call, seed);
+      launch<96, __half>(*call, seed);
   } catch (const std::exception& e) {
     std::snprintf(error, error_bytes, "%s", e.what());
     return 1;
@@ -255,43 +252,6 @@ extern "C" int product(const Call* call, uint64_t seed, char* error, size_t erro
   return 0;
 }
 
-// ---- Functions of layouts.h and dropout_bits.h ---------------------------------------------
-
-extern "C" {
-int swizzle_of(int byte) { return swizzle(byte); }
-int tile_byte_of(int rows, int row, int column) { return tile_byte(rows, row, column); }
-int tile_bytes_of(int rows, int columns) { return tile_bytes(rows, columns); }
-int fragment_row_of(int thread, int i) { return fragment_row(thread, i); }
-int fragment_column_of(int thread, int i) { return fragment_column(thread, i); }
-uint64_t k_major(uint32_t address, int rows, int k) {
-  return k_major_descriptor(address) + k_major_step(rows, k);
-}
-uint64_t transposed(uint32_t address, int rows, int k) {
-  return transposed_descriptor(address, rows) + transposed_step(k);
-}
-uint32_t packed(float low, float high, int bfloat16) {
+extern "C" uint32_t packed(float low, float high, int bfloat16) {
   return bfloat16 ? pack<__nv_bfloat16>(low, high) : pack<__half>(low, high);
-}
-
-// Whether element (row, column) of a tile is kept, as the thread that has it in its accumulator
-// reads it; of all bits of a tile that 96 threads made.
-void dropout_tile(int rows_case, int transposed, uint64_t seed, uint32_t threshold, uint32_t batch,
-                  uint32_t head, uint64_t first_row, uint64_t first_column, unsigned char* keep) {
-  auto fill = [&](auto rows, auto columns) {
-    constexpr int kR = decltype(rows)::value, kC = decltype(columns)::value;
-    static uint32_t words[dropout_bytes(kR, kC) / 4];
-    for (int thread = 0; thread < 96; ++thread)
-      (transposed ? make_dropout_bits<kR, kC, true> : make_dropout_bits<kR, kC, false>)(
-          words, seed, threshold, batch, head, first_row, first_column, thread, 96);
-    for (int block = 0; block < kR / 16; ++block)
-      for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < kC / 2; ++i)
-          keep[(block * 16 + fragment_row(lane, i)) * kC + fragment_column(lane, i)] =
-              dropout_kept(words + dropout_word(kC, block, lane), i);
-  };
-  if (rows_case == 128)
-    fill(std::integral_constant<int, 128>{}, std::integral_constant<int, 128>{});
-  else
-    fill(std::integral_constant<int, 64>{}, std::integral_constant<int, 80>{});
-}
 }
