@@ -82,11 +82,13 @@ def checked(op: str, backend: "str | None") -> str:
 
 
 def define(op: str, file: str, schema: str, impl: Callable[..., Any], fake: Callable) -> None:
-    """Registers ``torch.ops.fusedformer.<name of schema>``, part of ``op``, whose file is ``file``.
-
-    ``impl`` serves every device and chooses the backend by pick(); ``fake`` gives the shapes.
-    """
+    """register() of what is part of ``op``, whose file is ``file``; impl chooses by pick()."""
     OPS[op] = file
+    register(schema, impl, fake)
+
+
+def register(schema: str, impl: Callable[..., Any], fake: Callable) -> None:
+    """Makes ``torch.ops.fusedformer.<name of schema>``; impl serves every device, fake shapes."""
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, impl, "CompositeExplicitAutograd")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from fusedformer.kernels import dispatch
 from fusedformer.kernels import function as plain
 
 # Which dimension of a tensor goes with one of the first tensor's; None: every device has all of it.
@@ -208,7 +209,33 @@ def _place(mesh: DeviceMesh, which: Sequence[bool]) -> tuple[int, int]:
 
 def _common_seed(seed: Tensor, mesh: DeviceMesh) -> Tensor:
     """The seed of the mesh's first device."""
-    seed = seed.clone()
     for dim in range(mesh.ndim):
-        dist.broadcast(seed, group=mesh.get_group(dim), group_src=0)
+        seed = seed_of_first(seed, mesh.get_group(dim))
     return seed
+
+
+# --- A seed for all -------------------------------------------------------------------------------
+
+
+def seed_of_first(seed: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The seed that the first process of a group has."""
+    return torch.ops.fusedformer.seed_of_first.default(seed, group.group_name)
+
+
+def _seed_of_first(seed: Tensor, group: str) -> Tensor:
+    seed = seed.clone()
+    dist.broadcast(seed, group=group_named(group), group_src=0)
+    return seed
+
+
+def group_named(name: Any) -> dist.ProcessGroup:
+    """Ops, which take no objects, get a group's name, a string."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+# An op, as torch.compile does not know broadcast().
+dispatch.register(
+    "seed_of_first(Tensor seed, str group) -> Tensor",
+    _seed_of_first,
+    lambda seed, group: torch.empty_like(seed),
+)

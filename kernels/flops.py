@@ -4,7 +4,6 @@ A formula gets the op's arguments, tensors as their shapes. As torch's own it ta
 masks, causal ones included: attention counts as if every query attended to every key.
 """
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from math import prod
@@ -53,19 +52,37 @@ def _linear_cross_entropy_bwd(
     return _linear_cross_entropy_fwd(*args)
 
 
+def _ring_attention_fwd(query: Shape, pair: Shape, *args: Any, **kwargs: Any) -> int:
+    """A process's queries with the keys of all."""
+    *_, group, _backend = args
+    size = torch.distributed.distributed_c10d._resolve_process_group(group).size()
+    return size * _attention_fwd(query, pair[1:])
+
+
+def _ring_attention_bwd(
+    grad_out: Shape, out: Shape, lse: Shape, *args: Any, **kwargs: Any
+) -> int:  # fmt: skip
+    return _ring_attention_fwd(*args) // 2 * 5
+
+
 FORMULAS = {
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
     "linear_cross_entropy_fwd": _linear_cross_entropy_fwd,
     "linear_cross_entropy_bwd": _linear_cross_entropy_bwd,
+    # Known once fusedformer.integrations.parallel is imported.
+    "ring_attention_fwd": _ring_attention_fwd,
+    "ring_attention_bwd": _ring_attention_bwd,
 }
 
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _register(counter: ModuleType) -> None:
+def _tell(counter: ModuleType) -> None:
     for name, formula in FORMULAS.items():
-        counter.register_flop_formula(getattr(torch.ops.fusedformer, name))(formula)
+        op = getattr(torch.ops.fusedformer, name, None)
+        if op is not None and op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formula)
 
 
 class _OnImport:
@@ -77,24 +94,24 @@ class _OnImport:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((s for f in others if (s := f.find_spec(name, path, target))), None)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_tell(module: ModuleType) -> None:
             execute(module)
-            _register(module)
+            _tell(module)
 
         # On this loader alone, which is the module's own; types have no word for that.
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
         return spec
 
 
 def register() -> None:
-    """Makes the ops known to torch's counter, whether it has been imported or is to be."""
+    """Makes the ops there are known to torch's counter, whether it is imported or is to be."""
     if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    else:
+        _tell(sys.modules[_COUNTER])
+    if not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OnImport())

@@ -305,16 +305,26 @@ def test_linear_cross_entropy_is_counted_as_its_parts(reduction):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [["torch.utils.flop_counter", "fusedformer"], None])
-def test_the_order_of_imports_does_not_matter(order):
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import fusedformer",
+        "import torch.utils.flop_counter, fusedformer",
+        # Asked for, but not imported yet.
+        "import fusedformer, importlib.util\nimportlib.util.find_spec('torch.utils.flop_counter')",
+        "import fusedformer, importlib, torch.utils.flop_counter as counter\n"
+        "importlib.reload(counter)",
+    ],
+)
+def test_counted_in_a_fresh_process(before):
     code = f"""
-import sys
-import {", ".join(order or ["fusedformer", "torch.utils.flop_counter"])}
-import torch, fusedformer
-x = torch.randn(1, 1, 2, 2)
-with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-    fusedformer.attention(x, x, x)
-assert counter.get_total_flops() == 32
+{before}
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+x = torch.randn(1, 1, 2, 2, requires_grad=True)
+with FlopCounterMode(display=False) as counter:
+    fusedformer.attention(x, x, x).sum().backward()
+assert counter.get_total_flops() == 32 + 80
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

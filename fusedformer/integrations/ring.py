@@ -21,24 +21,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from fusedformer.integrations.sequence import checked, common_seed, parts
-from fusedformer.kernels import dispatch
+from fusedformer.integrations.sequence import checked, common_seed, members, parts
+from fusedformer.kernels import dispatch, flops
 from fusedformer.kernels.attention import check_length_values, checked_lengths
 from fusedformer.kernels.checks import checked_scale
+from fusedformer.kernels.dtensor import group_named
+from fusedformer.kernels.function import Function, run
 
 
 @dataclass(frozen=True)
 class _Ring:
     """The processes, and what does not change from block to block."""
 
-    group: "ProcessGroup | None"
-    rank: int
-    size: int
-    causal: bool
-    zigzag: bool
     scale: float
     dropout_p: float
+    causal: bool
+    zigzag: bool
+    group: ProcessGroup
     backend: str
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
 
     def pass_on(self, tensor: Tensor) -> "tuple[Tensor, list[Any]]":
         """Sends it to the next process; (what the previous one sends, what to wait for)."""
@@ -106,59 +114,112 @@ def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     lse.copy_(total)
 
 
-class _RingAttention(torch.autograd.Function):
+# --- Ops, which torch.compile takes as they are ---------------------------------------------------
+
+_ARGS = (
+    "Tensor query, Tensor pair, Tensor? key_lengths, Tensor? seed, float scale, float dropout_p, "
+    "bool causal, bool zigzag, str group, str backend"
+)
+
+
+def _ring(
+    scale: float, dropout_p: float, causal: bool, zigzag: bool, group: str, backend: str
+) -> _Ring:
+    return _Ring(scale, dropout_p, causal, zigzag, group_named(group), backend)
+
+
+def _new(like: Tensor) -> Tensor:
+    """Zeros of a (B, H, N, D) tensor's shape to sum up in, (B, N, H, D) in memory."""
+    batch, heads, length, dim = like.shape
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return like.new_zeros(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
+
+
+def _fwd(
+    query: Tensor, pair: Tensor, lengths: "Tensor | None", seed: "Tensor | None", *options: Any
+) -> tuple[Tensor, Tensor]:
+    ring = _ring(*options)
+    check_length_values(lengths, ring.size * pair.shape[3])
+    out = _new(query)
+    lse = out.new_full(query.shape[:3], -torch.inf)
+    for owner, there in ring.round(pair):
+        for q, k, diagonal, offsets in ring.blocks(query.shape[2], pair.shape[3], owner):
+            tensors = query[:, :, q], there[:, :, :, k]
+            args = ring.arguments(*tensors, lengths, seed, diagonal, offsets)
+            block = torch.ops.fusedformer.attention_fwd.default(*args, ring.backend)
+            _merge(out[:, :, q], lse[:, :, q], *block)
+    return out.to(query.dtype), lse
+
+
+def _bwd(
+    grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, pair: Tensor,
+    lengths: "Tensor | None", seed: "Tensor | None", *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ring = _ring(*options)
+    grad_query = _new(query)
+    grad_pair = torch.zeros_like(pair, dtype=lse.dtype)
+    works: list[Any] = []
+    for owner, there in ring.round(pair):
+        own = torch.zeros_like(grad_pair)
+        for q, k, diagonal, offsets in ring.blocks(query.shape[2], pair.shape[3], owner):
+            tensors = query[:, :, q], there[:, :, :, k]
+            args = ring.arguments(*tensors, lengths, seed, diagonal, offsets)
+            block_query, *block_pair, _ = torch.ops.fusedformer.attention_bwd.default(
+                grad_out[:, :, q], None, out[:, :, q], lse[:, :, q], *args, False, ring.backend
+            )
+            grad_query[:, :, q] += block_query
+            for whole, block in zip(own, block_pair, strict=True):
+                whole[:, :, k] += block
+        # The sum so far of what the others found for this owner arrives; it is passed on.
+        _wait(works)
+        own += grad_pair
+        grad_pair, works = ring.pass_on(own)
+    _wait(works)  # our own, back again
+    return grad_query.to(query.dtype), grad_pair.to(pair.dtype)
+
+
+dispatch.register(
+    f"ring_attention_fwd({_ARGS}) -> (Tensor, Tensor)",
+    _fwd,
+    lambda query, *args: (
+        _new(query).to(query.dtype),
+        query.new_empty(query.shape[:3], dtype=_new(query).dtype),
+    ),
+)
+dispatch.register(
+    f"ring_attention_bwd(Tensor grad_out, Tensor out, Tensor lse, {_ARGS}) -> (Tensor, Tensor)",
+    _bwd,
+    lambda grad_out, out, lse, query, pair, *args: (
+        _new(query).to(query.dtype),
+        torch.empty_like(pair),
+    ),
+)
+flops.register()
+
+
+class _RingAttention(Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: "Tensor | None",
-        seed: "Tensor | None", ring: _Ring,
-    ) -> Tensor:  # fmt: skip
-        pair = torch.stack((key, value))  # (2, B, Hkv, Nk, D), which travels as one
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        # In (B, Nq, H, D) memory order, as attention()'s.
-        batch, heads, length, dim = query.shape
-        out = query.new_zeros(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-        for owner, there in ring.round(pair):
-            for q, k, diagonal, offsets in ring.blocks(query.shape[2], key.shape[2], owner):
-                tensors = query[:, :, q], there[:, :, :, k]
-                args = ring.arguments(*tensors, lengths, seed, diagonal, offsets)
-                block = torch.ops.fusedformer.attention_fwd.default(*args, ring.backend)
-                _merge(out[:, :, q], lse[:, :, q], *block)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, pair, lengths, seed, out, lse)
-        ctx.ring = ring
-        return out
+        query, pair, lengths, seed, scale, dropout_p, causal, zigzag, group, backend
+    ):  # fmt: skip
+        return torch.ops.fusedformer.ring_attention_fwd.default(
+            query, pair, lengths, seed, scale, dropout_p, causal, zigzag, group, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output, *inputs[:4])
+        ctx.options = inputs[4:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        query, pair, lengths, seed, out, lse = ctx.saved_tensors
-        ring = ctx.ring
-        grad_query = torch.zeros_like(query, dtype=lse.dtype)
-        grad_pair = torch.zeros_like(pair, dtype=lse.dtype)
-        works: list[Any] = []
-        for owner, there in ring.round(pair):
-            own = torch.zeros_like(grad_pair)
-            for q, k, diagonal, offsets in ring.blocks(query.shape[2], pair.shape[3], owner):
-                tensors = query[:, :, q], there[:, :, :, k]
-                args = ring.arguments(*tensors, lengths, seed, diagonal, offsets)
-                block_query, *block_pair, _ = torch.ops.fusedformer.attention_bwd.default(
-                    grad_out[:, :, q], None, out[:, :, q], lse[:, :, q], *args, False, ring.backend
-                )
-                grad_query[:, :, q] += block_query
-                for whole, block in zip(own, block_pair, strict=True):
-                    whole[:, :, k] += block
-            # The sum so far of what the others found for this owner arrives; it is passed on.
-            _wait(works)
-            own += grad_pair
-            grad_pair, works = ring.pass_on(own)
-        _wait(works)  # our own, back again
-        return (
-            grad_query.to(query.dtype), *grad_pair.to(pair.dtype), None, None, None
-        )  # fmt: skip
+    def backward(ctx, grad_out, _grad_lse):
+        grads = torch.ops.fusedformer.ring_attention_bwd.default(
+            grad_out, *ctx.saved_tensors, *ctx.options
+        )
+        return (*grads, *(None,) * 8)
 
 
-@torch.compiler.disable
 def ring_attention(
     query: Tensor,
     key: Tensor,
@@ -177,8 +238,7 @@ def ring_attention(
 
     The results and gradients are those of attention() on the whole sequence, the very same
     probabilities dropped; blocks are merged in float32. Nothing grows with the length of the whole.
-    Every process of the group has to call it, with tensors of one shape. Under torch.compile it
-    runs uncompiled.
+    Every process of the group has to call it, with tensors of one shape.
 
     Args:
         query, key, value: this process's part, (B, H, N / size, D) and (B, Hkv, N / size, D), as
@@ -201,7 +261,7 @@ def ring_attention(
     """
     name = "ring_attention"
     query, key, value = checked(name, query, key, value, causal, dropout_p)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    group, _, size = members(group)
     multiple = (16 if dropout_p > 0 else 1) * (1 + zigzag)
     for label, tensor in (("query", query), ("key and value", key)):
         if tensor.shape[2] % multiple:
@@ -212,10 +272,10 @@ def ring_attention(
             )
     if key_lengths is not None:
         key_lengths = checked_lengths(name, key_lengths, query, size * key.shape[2])
-        check_length_values(key_lengths, size * key.shape[2])
     scale = query.shape[3] ** -0.5 if scale is None else checked_scale(name, scale)
     seed = common_seed(name, seed, query.device, group) if dropout_p > 0 else None
-    ring = _Ring(
-        group, rank, size, causal, zigzag, scale, float(dropout_p), dispatch.checked(name, backend)
-    )
-    return _RingAttention.apply(query, key, value, key_lengths, seed, ring)
+    pair = torch.stack((key, value))  # (2, B, Hkv, Nk, D), which travels as one
+    return run(
+        _RingAttention, query, pair, key_lengths, seed, scale, float(dropout_p), causal, zigzag,
+        group.group_name, dispatch.checked(name, backend),
+    )[0]  # fmt: skip

@@ -6,10 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from fusedformer.kernels import rng
 from fusedformer.kernels.attention import check_shapes
 from fusedformer.kernels.checks import autocast, check_dropout_p
+from fusedformer.kernels.dtensor import seed_of_first
 
 
 class Part(NamedTuple):
@@ -87,6 +89,12 @@ def checked(
     Raises:
         ValueError, TypeError: they, or the options, are not as attention() of parts asks.
     """
+    for label, tensor in (("query", query), ("key", key), ("value", value)):
+        if isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{name}: {label} must be this process's part, a plain tensor; got a DTensor, "
+                "whose to_local() is that"
+            )
     query, key, value = autocast(name, query, key, value)
     check_shapes(name, query, key, value)
     check_dropout_p(name, dropout_p)
@@ -97,13 +105,19 @@ def checked(
     return [query, key, value]
 
 
+def members(group: "ProcessGroup | None") -> tuple[ProcessGroup, int, int]:
+    """The group, all processes by default; this one's place in it; how many they are."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)  # raise where there are none
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    return group, rank, size
+
+
 def common_seed(
-    name: str, seed: "int | Tensor | None", device: torch.device, group: "ProcessGroup | None"
+    name: str, seed: "int | Tensor | None", device: torch.device, group: ProcessGroup
 ) -> Tensor:
     """The seed given, which is to be the same in all processes, or one that the first draws."""
     given = seed is not None
     # All draw, so that generators which were in the same state stay so.
     seed = rng.as_seed(name, seed, device)
-    if not given:
-        dist.broadcast(seed, group=group, group_src=0)
-    return seed
+    return seed if given else seed_of_first(seed, group)

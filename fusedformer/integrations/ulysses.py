@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from fusedformer.integrations.sequence import checked, common_seed
+from fusedformer.integrations.sequence import checked, common_seed, members
 from fusedformer.kernels.attention import attention
 
 
@@ -88,7 +88,7 @@ def ulysses_attention(
     """
     name = "ulysses_attention"
     query, key, value = checked(name, query, key, value, causal, dropout_p)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    group, rank, size = members(group)
     for label, heads in (("query", query.shape[1]), ("key and value", key.shape[1])):
         if heads % size:
             raise ValueError(
