@@ -120,7 +120,8 @@ def bias_activation(
             1 / (1 - p). Always applied: pass 0 at inference.
         seed: of the dropout mask, an int or a 0-d int64 tensor; drawn from torch's generator when
             None. An element's fate depends on the seed, its column and its row (all dimensions but
-            the last flattened) alone.
+            the last flattened) alone. The shards of a DTensor each draw a mask of their own, not
+            their part of the whole's.
         backend: "reference", "triton", "cpu"; None chooses. One that is named runs or raises.
 
     Returns:

@@ -83,7 +83,8 @@ def dropout(
         x: any shape and strides; float32, float16, bfloat16 (float64 on the reference backend).
         p: probability in [0, 1] that an element is dropped.
         training: False returns x, as at inference.
-        seed: of the mask, an int or a 0-d int64 tensor; drawn from torch's generator when None.
+        seed: of the mask, an int or a 0-d int64 tensor; drawn from torch's generator when None. The
+            shards of a DTensor each draw a mask of their own, not their part of the whole's.
         backend: "reference", "triton", "cpu"; None chooses. One that is named runs or raises.
 
     Returns:

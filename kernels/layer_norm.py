@@ -244,7 +244,8 @@ def dropout_add_layer_norm(
         residual_in_fp32: z is float32 where residual is None; else z has residual's dtype.
         is_rms_norm: y = z / sqrt(mean(z^2) + eps) * weight + bias, without subtracting the mean.
         seed: of the dropout mask, an int or a 0-d int64 tensor; drawn from torch's generator when
-            None.
+            None. The shards of a DTensor each draw a mask of their own, not their part of the
+            whole's.
         backend: "reference", "triton", "cpu"; None chooses. One that is named runs or raises.
 
     Returns:
