@@ -310,6 +310,41 @@ def test_modules_of_our_own_are_none_of_its_business():
     assert type(model[0]) is fusedformer.nn.LayerNorm
 
 
+class RootMeanSquareNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDE))
+
+
+class SelfAttn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.norm = nn.Linear(8, 8), RootMeanSquareNorm()
+
+
+class AttentionBlock(nn.Module):
+    """Holds what does the work, and is not reported itself."""
+
+    def __init__(self, attention, norm):
+        super().__init__()
+        self.attention, self.norm = attention, norm
+
+
+def test_norms_and_attentions_of_unknown_classes_are_reported():
+    blocks = AttentionBlock(SelfAttn(), nn.BatchNorm1d(8)), AttentionBlock(
+        nn.MultiheadAttention(8, 2), nn.RMSNorm(8)
+    )
+    report = fuse(nn.Sequential(*blocks))
+    assert names(report.fused) == {"1.attention", "1.norm"}
+    left = {entry.name: entry.why for entry in report.left}
+    assert left == {
+        "0.attention": "a class that is not known, test_fuse.SelfAttn; "
+        "sdpa() is for its calls of torch's attention function",
+        "0.attention.norm": "a class that is not known, test_fuse.RootMeanSquareNorm",
+        "0.norm": "a class that is not known, torch.nn.modules.batchnorm.BatchNorm1d",
+    }
+
+
 def test_without_kernels_all_is_left(monkeypatch):
     monkeypatch.setitem(fusedformer.kernels.dispatch.PREFERENCE, "cpu", ("reference",))
     report = fuse(Model(0.1))

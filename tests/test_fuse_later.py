@@ -1,5 +1,6 @@
 """What is done to a model after fuse() changed it."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from backends import BACKENDS
 from bounds import assert_within_bound
 from torch import nn
 
-from fusedformer import fuse
+from fusedformer import fuse, unfuse
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="there is no C++ library here")
 
@@ -74,17 +75,55 @@ def test_a_hook_that_is_added_changes_no_result():
     assert_within_bound("output", layer(x), eager, truth)
 
 
-def test_unpickled_in_another_process(tmp_path):
-    """Where nobody has made our attention known to transformers yet."""
-    model, tokens = bert(), torch.arange(12).view(2, 6)
+def test_parts_are_copied():
+    model, x = bert(), torch.randn(2, 6, 64)
     fuse(model)
-    expected = model(tokens).last_hidden_state.detach()
-    file = tmp_path / "model.pickle"
-    file.write_bytes(pickle.dumps((model, tokens, expected)))
+    part = model.encoder.layer[0]
+    for again in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert torch.equal(again(x), part(x))
+        unfuse(again)
+    layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, **OPTIONS), 1)
+    fuse(layer)
+    for part in (layer.layers[0], layer.layers[0].self_attn):
+        for again in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+            assert type(again) is type(part)
+            unfuse(again)
+
+
+def test_loaded_in_another_process(tmp_path):
+    """A part before all else, where nobody has made our attention known to transformers yet."""
+    model, tokens, x = bert(), torch.arange(12).view(2, 6), torch.randn(2, 6, 64)
+    fuse(model)
+    part = model.encoder.layer[0]
+    (tmp_path / "part").write_bytes(pickle.dumps((part, x, part(x).detach())))
+    torch.save((model, tokens, model(tokens).last_hidden_state.detach()), tmp_path / "whole")
     code = (
         "import pickle, sys, torch\n"
-        "model, tokens, expected = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "assert torch.equal(model(tokens).last_hidden_state, expected)\n"
+        "part, x, expected = pickle.load(open(sys.argv[1] + '/part', 'rb'))\n"
+        "assert torch.equal(part(x), expected)\n"
+        "model, x, expected = torch.load(sys.argv[1] + '/whole', weights_only=False)\n"
+        "assert torch.equal(model(x).last_hidden_state, expected)\n"
+        "from fusedformer import unfuse\n"
+        "unfuse(model)\n"
+        "assert model.config._attn_implementation == 'sdpa'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
+
+
+def test_global_hooks_see_what_is_called():
+    """As fuse()'s docstring has it: not the norms and dropouts of a layer that does their work."""
+    layer = nn.TransformerEncoderLayer(64, 4, **OPTIONS)
+    fuse(layer)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(module)
+    )
+    try:
+        layer(torch.randn(2, 7, 64))
+    finally:
+        handle.remove()
+    assert {layer, layer.self_attn, layer.linear2} <= set(seen)
+    assert not {layer.norm1, layer.norm2, layer.dropout1, layer.dropout2} & set(seen)

@@ -44,7 +44,7 @@ FUSED = {
     "timm_deit": {"Dropout": 8},
     "timm_swin": {"Dropout": 16},
 }
-LEFT = ("narrower than 512", "p is 0", "a class of its own")
+LEFT = ("narrower than 512", "p is 0", "a class of its own", "a class that is not known")
 
 
 @pytest.fixture(autouse=True)

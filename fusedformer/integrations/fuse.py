@@ -60,7 +60,11 @@ def fuse(model: Module) -> FuseReport:
 
     A module is left as it is where it has hooks, parametrizations or another forward, is of a
     subclass, has options that the kernels do not have, or lies on a device without them; the
-    report says which and why. Calls of torch's attention function are what sdpa() is for.
+    report says which and why, and names the norms and attentions of classes that it does not know.
+    Calls of torch's attention function are what sdpa() is for.
+
+    Global hooks (torch.nn.modules.module.register_module_forward_hook and its like) see the modules
+    that are called: of a layer that is fused not the norms and dropouts whose work it does.
 
     Args:
         model: changed in place. Fuse before compiling or sharding it, on the device where it will
@@ -81,13 +85,13 @@ def fuse(model: Module) -> FuseReport:
     devices = [parameter.device for parameter in model.parameters()]
     default = devices[0] if devices else torch.get_default_device()
     for name, module in model.named_modules():
-        rule = _rule(module)
-        if rule is None or id(module) in done:
+        if id(module) in done:
             continue
-        reason = _reason_to_leave(module, rule, default)
-        kind = type(module).__name__
+        rule, kind = _rule(module), type(module).__name__
+        reason = _unknown(module) if rule is None else _reason_to_leave(module, rule, default)
         if reason is not None:
             report.left.append(Entry(name, kind, reason))
+        if rule is None or reason is not None:
             continue
         report.fused.append(Entry(name, kind, rule.what))
         swaps.append((module, rule.fused))
@@ -124,7 +128,9 @@ def unfuse(model: Module) -> None:
     for module in fused:
         module.__class__ = module.original
     for module in switched:
-        module.set_attn_implementation(module.__dict__.pop(_ATTENTION))
+        before = module.__dict__.pop(_ATTENTION).before
+        if before is not None:
+            module.set_attn_implementation(before)
 
 
 # --- What keeps a model from being fused ----------------------------------------------------------
@@ -174,6 +180,25 @@ def _rule(module: Module) -> "Rule | None":
     return next((rule for base, rule in RULES.items() if isinstance(module, base)), None)
 
 
+def _unknown(module: Module) -> "str | None":
+    """Why a module is left that is unknown, but a norm or attention by name; None for others."""
+    kind = type(module)
+    if kind.__module__.startswith(("fusedformer.", "torch.nn.utils.")):
+        return None
+    reason = f"a class that is not known, {kind.__module__}.{kind.__qualname__}"
+    # What holds others, which have a line of their own, has none.
+    if "norm" in kind.__name__.lower() and not any(module.children()):
+        return reason
+    attentions = [part for part in module.modules() if _ATTENTIVE.search(type(part).__name__)]
+    # That of transformers is the model's, and has one line for all.
+    if attentions == [module] and not kind.__module__.startswith("transformers."):
+        return f"{reason}; sdpa() is for its calls of torch's attention function"
+    return None
+
+
+_ATTENTIVE = re.compile("attn|attention", re.IGNORECASE)
+
+
 def _reason_to_leave(module: Module, rule: Rule, default: torch.device) -> "str | None":
     kind = type(module)
     if not issubclass(rule.fused, kind):
@@ -210,7 +235,7 @@ def _changed(module: Module) -> "str | None":
 
 # --- Attention of transformers --------------------------------------------------------------------
 
-_ATTENTION = "_fusedformer_attention"  # where a model keeps what its attention was
+_ATTENTION = "_fusedformer_attention"  # where a module keeps that it was switched
 
 
 def _pretrained_models(model: Module) -> Iterator[tuple[str, Any]]:
@@ -235,10 +260,13 @@ def _fuse_attention(name: str, model: Any, default: torch.device, report: FuseRe
     if reason is not None:
         report.left.append(Entry(name, kind, f"attention: {reason}"))
         return
-    hf.register()
     parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
     kept = {key: part._attn_implementation for key, part in parts.items() if part is not None}
-    model.__dict__[_ATTENTION] = hf.Before({"": before} | kept)
+    # All that read a config, so that each of them can be pickled without the model.
+    for part in model.modules():
+        if "config" in part.__dict__:
+            part.__dict__[_ATTENTION] = hf.Switched()
+    model.__dict__[_ATTENTION] = hf.Switched({"": before} | kept)
     model.set_attn_implementation(hf.NAME)
     report.fused.append(Entry(name, kind, f"attention (was {before})"))
 

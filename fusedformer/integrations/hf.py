@@ -18,6 +18,11 @@ from transformers.masking_utils import (
 
 from fusedformer.kernels.attention import checked_attention
 
+try:  # private, and new in transformers 5
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:
+    _collector = None
+
 NAME = "fusedformer"
 
 # Arguments that some models pass and that change the result; transformers' other implementations
@@ -39,19 +44,18 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
-class Before(dict):
-    """What a fused model's attention was, by part of its config.
+class Switched:
+    """What fuse() leaves in modules whose config names our attention.
 
-    Unpickled with the model, perhaps in another process, it makes our attention known there.
+    Unpickled with one of them, perhaps in another process, it makes our attention known there.
     """
 
+    def __init__(self, before: "dict[str, Any] | None" = None) -> None:
+        register()
+        self.before = before  # of a model: what its attention was, by part of its config
+
     def __reduce__(self) -> "tuple[Any, ...]":
-        return _unpickled, (dict(self),)
-
-
-def _unpickled(attention: "dict[str, Any]") -> Before:
-    register()
-    return Before(attention)
+        return Switched, (self.before,)
 
 
 class _Padding(NamedTuple):
@@ -139,7 +143,7 @@ def attention_forward(
                 f'attn_implementation="{NAME}" has no {what}; call '
                 f'model.set_attn_implementation("eager") for {type(module).__name__}'
             )
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _weights_are_awaited():
         raise ValueError(
             f'attn_implementation="{NAME}" never makes the attention weights; for '
             'output_attentions=True, call model.set_attn_implementation("eager")'
@@ -168,6 +172,16 @@ def attention_forward(
         mask_name="attention_mask",
     )  # fmt: skip
     return out[..., :value_dim].transpose(1, 2).contiguous(), None
+
+
+def _weights_are_awaited() -> bool:
+    """Whether a model above collects the weights that its attention layers return.
+
+    Some models ask for them so alone, and would find none. Compiled code cannot be asked.
+    """
+    if _collector is None or torch.compiler.is_compiling():
+        return False
+    return any(name.endswith("attentions") for name in _collector.get() or ())
 
 
 def _biased(mask: "Tensor | None", bias: Tensor, keys: int) -> Tensor:
