@@ -128,8 +128,8 @@ A, B, C, OUT = ((i + 1) << 32 for i in range(4))
 
 
 @pytest.fixture(scope="module")
-def products(tmp_path_factory):
-    """What Triton's kernels do, by their constants."""
+def triton_products(tmp_path_factory):
+    """What triton_products.py prints."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
@@ -137,10 +137,16 @@ def products(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, check=True
     )
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def products(triton_products):
+    """What Triton's kernels do, beside their constants."""
     try:
         return [
             (case, ptx_products.Run(case["ptx"], [A, B, C, OUT, 0, 0]))
-            for case in json.loads(done.stdout)
+            for case in triton_products["plain"]
         ]
     except ptx_products.UnknownInstructionError as error:
         pytest.skip(f"this Triton's PTX has an instruction that is not known here: {error}")
@@ -178,6 +184,21 @@ def test_descriptors_as_triton_has_them(library, products):
                     if shapes[i][0] == 64:  # one panel: where the next one is, is not looked at
                         mine &= ~(0x3FFF << 16)
                 assert asked[name] == mine, (transposes, k, name)
+
+
+@pytest.mark.slow
+def test_tiles_of_tma_as_triton_has_them(library, triton_products):
+    """Boxes of TMA lie as the tiles above do: their descriptors are the same."""
+    for case in triton_products["tma"]:
+        # 128-byte swizzle; boxes are panels.
+        assert [(m["swizzle"], m["block_size"]) for m in case["maps"][:2]] == [
+            (3, [64, 64]), (3, [128, 64]),
+        ]  # fmt: skip
+        # Added to each tile's address.
+        found = re.findall(r"(?:or|add)\.\w+\s+%rd\d+, %rd\d+, (4611686\d{12});", case["ptx"])
+        of_b = library.transposed if case["TRANSPOSE_B"] else library.k_major
+        mine = [(library.k_major(0, 64, k), of_b(0, 128, k)) for k in range(8)]
+        assert list(map(int, found)) == [descriptor for pair in mine for descriptor in pair]
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 // Who holds which element, on Hopper: tiles in shared memory, fragments of wgmma in registers,
 // descriptors, dropout's bits. Index arithmetic alone, for host and device, and tested on a host.
+//
+// Sources: the PTX ISA, on wgmma's register fragments, matrix descriptors and swizzle modes. A test
+// compares tiles, boxes of TMA, fragments and descriptors, of plain and of transposed operands, with
+// the PTX that Triton has for the same products.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-"""Products as Triton compiles them for Hopper, to JSON on stdout: their PTX, by name.
+"""Products as Triton compiles them for Hopper, to JSON on stdout: constants and PTX of each.
 
 A script of its own, as the tests' process has Triton's interpreter switched on.
 """
@@ -32,14 +32,38 @@ def multiply(
     tl.store(out + m[:, None] * N + n[None, :], product)
 
 
-def ptx(**constants) -> str:
-    signature = {"a": "*bf16", "b": "*bf16", "c": "*bf16", "out": "*fp32"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+@triton.jit
+def multiply_by_tma(a, b, out, TRANSPOSE_B: tl.constexpr):
+    """out (64, 128) = a b, of whole tiles; in memory a is (64, 128), b (128, 128)."""
+    right = b.load([0, 0])
+    if not TRANSPOSE_B:
+        right = right.T
+    out.store([0, 0], tl.dot(a.load([0, 0]), right).to(tl.bfloat16))
+
+
+def compiled(kernel, signature, constants):
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
     source = ASTSource(
-        multiply, signature | dict.fromkeys(constants, "constexpr"), constants, attrs=aligned
+        kernel, signature | dict.fromkeys(constants, "constexpr"), constants, attrs=aligned
     )
     target = GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
+    return triton.compile(source, target=target, options={"num_warps": 4})
+
+
+def plain(**constants):
+    signature = {"a": "*bf16", "b": "*bf16", "c": "*bf16", "out": "*fp32"}
+    return constants | {"ptx": compiled(multiply, signature, constants).asm["ptx"]}
+
+
+def by_tma(**constants):
+    tile, square = "tensordesc<bf16[64,128]>", "tensordesc<bf16[128,128]>"
+    signature = {"a": tile, "b": square, "out": tile}
+    kernel = compiled(multiply_by_tma, signature, constants)
+    return constants | {"ptx": kernel.asm["ptx"], "maps": kernel.metadata.tensordesc_meta}
 
 
 if __name__ == "__main__":
@@ -49,4 +73,5 @@ if __name__ == "__main__":
         for b in (False, True)
     ]
     cases.append({"N": 64, "K": 64, "TRANSPOSE_A": False, "TRANSPOSE_B": False, "CHAIN": True})
-    print(json.dumps([case | {"ptx": ptx(**case)} for case in cases]))
+    tma = [by_tma(TRANSPOSE_B=b) for b in (False, True)]
+    print(json.dumps({"plain": [plain(**case) for case in cases], "tma": tma}))
