@@ -84,7 +84,7 @@ def multiply(
     a, b = operand(*heads, rows, depth, dtype), operand(*heads, n, depth, dtype)
     stored_a = operand(*heads, depth, rows, dtype).copy_(a.mT) if transpose_a else a
     stored_b = operand(*heads, depth, n, dtype).copy_(b.mT) if transpose_b else b
-    out = hopper_calls.poisoned(operand(*heads, rows, n, dtype))
+    out = hopper_calls.poisoned(operand(*heads, *((n, rows) if transpose_a else (rows, n)), dtype))
     before = torch.randn(heads[0] * heads[1], 128, n)
     total = before.clone()
     counter = torch.zeros((), dtype=torch.int32)
@@ -107,7 +107,7 @@ def multiply(
     eager32 = (a.float() @ b.float().mT).flatten(0, 1)
     before, total = before[:, :rows], total[:, :rows]
     return [
-        ("out", out, eager, truth),
+        ("out", out.mT if transpose_a else out, eager, truth),
         ("sum", total, before + eager32, before.double() + truth.flatten(0, 1)),
     ]
 

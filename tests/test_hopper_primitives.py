@@ -260,6 +260,9 @@ def test_nvcc_makes_the_instructions(tmp_path):
             for a, b in product(("", ".tnspA"), ("", ".tnspB")):
                 assert products[str(n), kind, "", a, b] == 1
                 assert products[str(n), kind, "R", a, b] == (not a)
-    instructions = ("UTMALDG.4D", "UTMASTG.4D", "UBLKCP", "UBLKRED", "SYNCS", "USETMAXREG", "STSM")
+    instructions = (
+        "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "UTMALDG.4D", "UTMASTG.4D", "UBLKCP", "UBLKRED",
+        "SYNCS", "USETMAXREG", "STSM.16.M88.4", "STSM.16.MT88.4", "FENCE.VIEW.ASYNC", "ELECT",
+    )  # fmt: skip
     for instruction in instructions:
         assert instruction in sass, instruction

@@ -203,6 +203,7 @@ void mbarrier_wait(uint64_t* at, uint32_t parity) {
   const uint32_t offset = shared_offset(at, "mbarrier_wait");
   Mbarrier& barrier = find_mbarrier(*current->block, offset, "mbarrier_wait");
   if (parity > 1) fail(text("mbarrier_wait: parity %u", parity));
+  maybe_switch();
   while (barrier.phase % 2 == parity)
     sleep_on(barrier.event, [&barrier, offset, parity] {
       return text("mbarrier at byte %u, parity %u (%d arrivals and %ld bytes missing)", offset,
@@ -216,6 +217,9 @@ void check_block_end(Block& block) {
     if (barrier.loaded > barrier.waited)
       fail(text("the block ends; nobody has waited for the last load of the mbarrier at byte %u",
                 offset));
+  for (size_t warp = 0; warp < block.warp_registers.size(); ++warp)
+    if (block.warp_registers[warp] != block.warp_registers[warp / 4 * 4])
+      fail("the block ends, and setmaxnreg was not called by all warps of a warpgroup alike");
 }
 
 }  // namespace emulator

@@ -47,7 +47,7 @@ constexpr int kStep = 64, kStages = 2, kRows = 128;
 
 struct Call {
   const void *a, *b;
-  void* out;   // (B, H, M, N) of Element
+  void* out;   // (B, H, M, N) of Element; (B, H, N, M) with transpose_a
   float* sum;  // (B H, 128, kN): += the product
   int64_t a_sizes[4], a_strides[4], b_sizes[4], b_strides[4], out_sizes[4], out_strides[4];
   int depth;
@@ -174,14 +174,20 @@ __global__ void __launch_bounds__(384, 1)
     if (mistake != kReleaseTooEarly && mistake != kNoRelease) mbarrier_arrive(&s.empty[at]);
   }
 
-  // As 16-bit numbers, through stmatrix: matrix 2 c + r is columns 8 c, rows 8 r of 16 x 16.
+  // As 16-bit numbers, through stmatrix: matrix 2 c + r is columns 8 c, rows 8 r of 16 x 16. With
+  // kTransposeA the tile is that of C^T, whose panels are the warpgroups'.
   const int warp = warp_index() % 4;
   for (int k = 0; k < N / 16; ++k) {
     uint32_t packed[4];
     for (int i = 0; i < 4; ++i)
       packed[i] = pack<Element>(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
-    const int row = 64 * group + 16 * warp + lane() % 16, column = 16 * k + lane() / 16 * 8;
-    store_matrices(s.out + tile_byte(kRows, row, column), packed);
+    const int row = 64 * group + 16 * warp, column = 16 * k;
+    if constexpr (kTransposeA)
+      store_matrices<true>(s.out + tile_byte(N, column + lane() / 16 * 8 + lane() % 8,
+                                             row + lane() / 8 % 2 * 8),
+                           packed);
+    else
+      store_matrices(s.out + tile_byte(kRows, row + lane() % 16, column + lane() / 16 * 8), packed);
   }
   for (int i = 0; i < N / 2; ++i)
     s.sum[(64 * group + fragment_row(thread, i)) * N + fragment_column(thread, i)] = acc[i];
@@ -191,7 +197,9 @@ __global__ void __launch_bounds__(384, 1)
   if (mistake != kNoBarrierBeforeStore)
     barrier_sync(1 + group, mistake == kBarrierCount && warp == 2 ? 96 : 128);
   if (thread == 0) {
-    for (int panel = 0; panel < panels(N); ++panel)
+    if constexpr (kTransposeA)
+      tma_store(map_out, s.out + group * panel_bytes(N), 64 * group, 0, h, b);
+    for (int panel = 0; panel < panels(N) && !kTransposeA; ++panel)
       tma_store(map_out, s.out + panel * panel_bytes(kRows) + group * panel_bytes(64), 64 * panel,
                 64 * group, h, b);
     bulk_reduce_add(sums + (block_index() * kRows + 64 * group) * N,
@@ -209,7 +217,7 @@ void launch(const Call& call, uint64_t seed) {
   };
   const TensorMap a = map(call.a, call.a_sizes, call.a_strides, kTransposeA ? kStep : kRows);
   const TensorMap b = map(call.b, call.b_sizes, call.b_strides, kTransposeB ? kStep : N);
-  const TensorMap out = map(call.out, call.out_sizes, call.out_strides, 64);
+  const TensorMap out = map(call.out, call.out_sizes, call.out_strides, kTransposeA ? N : 64);
   emulator::Launch options;
   options.grid = static_cast<int>(call.a_sizes[0] * call.a_sizes[1]);
   options.threads = 384;
