@@ -78,6 +78,9 @@ def test_a_hook_that_is_added_changes_no_result():
 def test_parts_are_copied():
     model, x = bert(), torch.randn(2, 6, 64)
     fuse(model)
+    report = fuse(bert().encoder)
+    (left,) = {entry.why for entry in report.left if entry.kind == "BertSelfAttention"}
+    assert left == "without its model, whose attention is switched as a whole"
     part = model.encoder.layer[0]
     for again in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
         assert torch.equal(again(x), part(x))

@@ -84,11 +84,16 @@ def fuse(model: Module) -> FuseReport:
     done: set[int] = set()  # ids of modules that are part of another's fusion
     devices = [parameter.device for parameter in model.parameters()]
     default = devices[0] if devices else torch.get_default_device()
+    models = list(_pretrained_models(model))
+    switchable = {id(part) for _, pretrained in models for part in pretrained.modules()}
     for name, module in model.named_modules():
         if id(module) in done:
             continue
         rule, kind = _rule(module), type(module).__name__
-        reason = _unknown(module) if rule is None else _reason_to_leave(module, rule, default)
+        if rule is None:
+            reason = _unknown(module, id(module) in switchable)
+        else:
+            reason = _reason_to_leave(module, rule, default)
         if reason is not None:
             report.left.append(Entry(name, kind, reason))
         if rule is None or reason is not None:
@@ -99,7 +104,7 @@ def fuse(model: Module) -> FuseReport:
         done |= {id(part) for part in parts}
         # A dropout may be called by itself even so, beside an activation that is not known.
         swaps += [(part, RULES[Dropout].fused) for part in parts if isinstance(part, Dropout)]
-    for name, pretrained in _pretrained_models(model):
+    for name, pretrained in models:
         _fuse_attention(name, pretrained, default, report)
     for module, fused in swaps:
         module.__class__ = fused
@@ -180,7 +185,7 @@ def _rule(module: Module) -> "Rule | None":
     return next((rule for base, rule in RULES.items() if isinstance(module, base)), None)
 
 
-def _unknown(module: Module) -> "str | None":
+def _unknown(module: Module, switchable: bool) -> "str | None":
     """Why a module is left that is unknown, but a norm or attention by name; None for others."""
     kind = type(module)
     if kind.__module__.startswith(("fusedformer.", "torch.nn.utils.")):
@@ -190,10 +195,11 @@ def _unknown(module: Module) -> "str | None":
     if "norm" in kind.__name__.lower() and not any(module.children()):
         return reason
     attentions = [part for part in module.modules() if _ATTENTIVE.search(type(part).__name__)]
-    # That of transformers is the model's, and has one line for all.
-    if attentions == [module] and not kind.__module__.startswith("transformers."):
-        return f"{reason}; sdpa() is for its calls of torch's attention function"
-    return None
+    if attentions != [module] or switchable:  # a model of transformers has one line for all
+        return None
+    if kind.__module__.startswith("transformers."):
+        return "without its model, whose attention is switched as a whole"
+    return f"{reason}; sdpa() is for its calls of torch's attention function"
 
 
 _ATTENTIVE = re.compile("attn|attention", re.IGNORECASE)
@@ -262,12 +268,13 @@ def _fuse_attention(name: str, model: Any, default: torch.device, report: FuseRe
         return
     parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
     kept = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    hf.register()
+    model.set_attn_implementation(hf.NAME)
     # All that read a config, so that each of them can be pickled without the model.
     for part in model.modules():
         if "config" in part.__dict__:
             part.__dict__[_ATTENTION] = hf.Switched()
     model.__dict__[_ATTENTION] = hf.Switched({"": before} | kept)
-    model.set_attn_implementation(hf.NAME)
     report.fused.append(Entry(name, kind, f"attention (was {before})"))
 
 
