@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from fusedformer.transformer.train_baselines import NGram, chrf
+from fusedformer.transformer.train_baselines import NaiveBayes, NGram, chrf
 
 
 def test_bigram_by_hand():
@@ -40,6 +40,15 @@ def test_longer_contexts_predict_what_needs_them():
     sequences = [[0, 1, 2, 0, 2, 1] * 20]  # after 1, and after 2, the token before decides
     nats = [NGram(order, sequences, 3).nats([[0, 1, 2, 0, 2, 1, 0, 1]]) for order in (1, 2, 3)]
     assert nats[2] < nats[1] / 2 < nats[0]
+
+
+def test_naive_bayes_by_hand():
+    # Class 0: (2 + 1) / (3 + 2) times 3/5 for token 0, 1/5 for token 1; class 1: 2/5, 1/4, 2/4.
+    model = NaiveBayes([[0], [0], [1]], [0, 0, 1], vocab_size=3)
+    assert [model.best(text) for text in ([], [0], [1], [1, 1])] == [0, 0, 1, 1]
+    # 3/5 (3/5)^k (1/5)^n against 2/5 (1/4)^k (1/2)^n: at n = 2 k, 1.5 times (9.6/25)^k.
+    assert [model.best([0] * k + [1] * 2 * k) for k in (0, 1)] == [0, 1]
+    assert model.best([0, 0, 1]) == 0
 
 
 def test_chrf_by_hand():

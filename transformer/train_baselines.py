@@ -1,4 +1,4 @@
-"""What a trained model is measured against: n-gram models, and the chrF score of translations."""
+"""What a trained model is measured against: n-grams, naive Bayes, and the chrF of translations."""
 
 import math
 from collections import Counter
@@ -68,6 +68,40 @@ class _Level:
             return lower
         own = max(self._counts[gram] - self._discount, 0.0)
         return (own + self._discount * self._kinds[context] * lower) / total
+
+
+class NaiveBayes:
+    """Classes of token sequences by p(class) times the product of p(token | class), order unseen.
+
+    Classes, and in each class all tokens, count as seen once more than they were (Laplace).
+
+    Args:
+        sequences: token ids.
+        labels: the class of each, from 0.
+        vocab_size: how many tokens there are.
+    """
+
+    def __init__(
+        self, sequences: Iterable[Sequence[int]], labels: Sequence[int], vocab_size: int
+    ) -> None:
+        classes = Counter(labels)
+        counts = [Counter[int]() for _ in range(max(classes) + 1)]
+        for sequence, label in zip(sequences, labels, strict=True):
+            counts[label].update(sequence)
+        total = len(labels) + len(counts)
+        self._prior = [math.log((classes[i] + 1) / total) for i in range(len(counts))]
+        self._token = [
+            [math.log((count[i] + 1) / (count.total() + vocab_size)) for i in range(vocab_size)]
+            for count in counts
+        ]
+
+    def best(self, sequence: Sequence[int]) -> int:
+        """The likeliest class."""
+        scores = [
+            prior + sum(of_token[token] for token in sequence)
+            for prior, of_token in zip(self._prior, self._token, strict=True)
+        ]
+        return scores.index(max(scores))
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str], beta: float = 2.0) -> float:
