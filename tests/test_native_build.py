@@ -139,33 +139,30 @@ def test_a_build_killed_half_way(small, tmp_path):
     assert in_cache(env) == [".so"]
 
 
-def test_a_failed_compile(small, tmp_path):
-    sources, env = small
-    env |= {"CXX": fake_compiler(tmp_path, 'echo "no such flag"; exit 1')}
-    verdict, said, _ = finish(start(SMALL, sources, env=env))
-    assert verdict == "error"
+def test_a_failed_compile(here, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, 'echo "no such flag"; exit 1'))
+    said, _ = here()
     assert "\n" not in said
     log = Path(said.partition("see ")[2].rstrip(")"))
     assert "no such flag" in log.read_text()
     # Not tried again at every start, but when asked to.
-    verdict, said, err = finish(start(SMALL, sources, env=env))
-    assert verdict == "error"
+    said, built = here()
     assert "lately" in said
     assert "fusedformer build" in said
-    assert "building" not in err
-    assert "building" in finish(start(SMALL, sources, "retry", env=env))[2]
+    assert not built
+    assert here(retry=True)[1]
     os.utime(log, (0, 0))
-    assert "building" in finish(start(SMALL, sources, env=env))[2]
+    assert here()[1]
 
 
 def test_the_command(small, monkeypatch, capsys):
     sources, env = small
     monkeypatch.setattr(native_build, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", env["XDG_CACHE_HOME"])
-    assert cli.main(["build"]) == 0
+    assert cli.main(["build", "cpu"]) == 0
     assert answers(capsys.readouterr().out.strip())
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert cli.main(["build"]) == 2
+    assert cli.main(["build", "cpu"]) == 2
     said = "fusedformer build: no C++ compiler found (looked for no-such-compiler on the PATH)\n"
     assert capsys.readouterr().err == said
 

@@ -188,7 +188,7 @@ def test_wheel(copy, tmp_path):
 def test_wheel_with_the_library_inside(copy, tmp_path):
     """Made in a copy of its own, as the library stays in csrc; used without compiler and cache."""
     source = shutil.copytree(copy, tmp_path / "source", symlinks=True)
-    code = "from fusedformer.cli import main; main(['build', '--into', 'csrc'])"
+    code = "from fusedformer.cli import main; main(['build', 'cpu', '--into', 'csrc'])"
     library = Path(python(code, source).splitlines()[-1])
     wheel = build(source, "wheel", tmp_path)
     assert re.search(r"-py3-none-(?!any)\w+\.whl$", wheel.name)

@@ -75,11 +75,11 @@ class RMSNorm(torch.nn.Module):
 def export(folder: Path) -> str:
     """Writes the kernel; the name of its ops, torch.ops.<name>."""
     root = next(Path(path) for path in fusedformer.__path__ if (Path(path) / "kernels").is_dir())
-    # The C++ kernels stay behind: their ops have one name in C++ for all copies.
+    # The native kernels stay behind: their ops have one name in C++ for all copies.
     sources = {
         path.relative_to(root): path.read_text()
         for path in sorted((root / "kernels").rglob("*.py"))
-        if not path.stem.startswith("native")
+        if not path.stem.startswith("native") and path.parent.name != "cuda"
     }
     digest = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:10]
     name = f"fusedformer_{digest}"
