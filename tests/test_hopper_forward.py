@@ -101,14 +101,14 @@ def test_some_cases(libraries):
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [8, 64, 80, 96, 128, 136, 192, 256])
 def test_cases(libraries, dim):
-    step = 1 if dim == 64 else 4
+    step = 4 if dim == 64 else 17  # of the others each has its own
     check_all(libraries(dim), CASES[dim // 8 % step :: step], dim)
 
 
 @pytest.mark.slow
 def test_three_consumers(libraries):
     """Tiles of 192 queries, which no launcher uses yet."""
-    check_all(libraries(64, consumers=3), CASES[::3], 64)
+    check_all(libraries(64, consumers=3), CASES[5::17], 64)
 
 
 PLAIN = CASES[0] | {
@@ -118,9 +118,9 @@ PLAIN = CASES[0] | {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [*range(120, 137), *range(249, 264)])
-def test_every_edge_of_a_tile(libraries, keys):
-    """Every length of the keys around a block's end, and so every place of the diagonal there."""
+@pytest.mark.parametrize("keys", [127, 128, 129, 255, 256, 257])
+def test_edges_of_a_block(libraries, keys):
+    """Lengths of the keys around a block's end, and so places of the diagonal there."""
     for more in ({"causal": True}, {"lengths": True}, {"causal": True, "lengths": True, "p": 0.5}):
         check(libraries(64), PLAIN | {"queries": 130, "keys": keys, "batch": 2} | more)
 
@@ -207,49 +207,42 @@ MISTAKES = {
     "diagonal": ("const int end = i + 1 + diagonal;", "const int end = i + 2 + diagonal;"),
     "last block": ("+ columns - 1) / columns;", ") / columns;"),
     "mask's edge": ("if (8 * c + e >= visible[r]", "if (8 * c + e > visible[r]"),
-    "mask's rows": ("visible_keys(query + 8, work", "visible_keys(query, work"),
     "scale": ("const float scale_log2 = p.scale * kLog2e;", "const float scale_log2 = p.scale;"),
-    "LSE": ("maximum[r] * p.scale + logf", "maximum[r] + logf"),
     "keep": (": p.inverse_keep / sum[r];", ": 1 / sum[r];"),
     "rescale": ("out[i] *= rescale[i / 2 % 2];", "out[i] *= rescale[0];"),
     "empty rows": ("maximum[r] == -INFINITY ? 0.f", "false ? 0.f"),
-    "sum over a quad": ("sum[r] += shuffle_xor(sum[r], 2);", ""),
     "group": ("work.head / (p.heads / p.key_heads)", "work.head % p.key_heads"),
     "NaN past the length": ("clear_values(work.length % kKeys, value.at, s);", ""),
     "its fence": ("  fence_async();\n  barrier_sync(kAllConsumers", "  barrier_sync(kAllConsumers"),
     "its barrier": ("  barrier_sync(kAllConsumers, Tile::kConsumers * kWarpgroup);", ""),
-    "wait for K": (
-        "        mbarrier_wait(&s.key_full[key.at], key.parity);\n        take_turn", "take_turn"
-    ),
     "wait for V": (
         "        mbarrier_wait(&s.value_full[value.at], value.parity);\n        start_out",
         "start_out",
     ),
-    "wait for Q": ("mbarrier_wait(&s.query_full, query.parity);", ""),
     "wait for S": ("wgmma_wait<1>(scores);", ""),
-    "wait for bits": ("mbarrier_wait(&s.kept_full[kept.at], kept.parity);", ""),
-    "wait for an empty K": ("mbarrier_wait(&s.key_empty[key.at], key.parity ^ 1);", ""),
     "wait for an empty Q": ("mbarrier_wait(&s.query_empty, query.parity ^ 1);", ""),
-    "wait for empty bits": ("mbarrier_wait(&s.kept_empty[kept.at], kept.parity ^ 1);", ""),
-    "release of V": ("release(&s.value_empty[value.at]);", ""),
     "late lanes": ("  sync_warp();\n  if (lane() == 0) mbarrier_arrive(empty);",
                    "  if (lane() == 0) mbarrier_arrive(empty);"),
     "turns": ("barrier_arrive(kTurn + (consumer + 1)", "barrier_arrive(kTurn + (consumer + 0)"),
     "fence of O": ("  fence_async();\n  barrier_sync(kOneConsumer", "  barrier_sync(kOneConsumer"),
     "O before it has left": ("if (leader) tma_wait_read<0>();", ""),
-    "end before O has left": ("  tma_wait<0>();", ""),
     "bits of the wrong block": ("p.offsets[3] + block * Tile::kKeys", "p.offsets[3] + block"),
-    "bits of the wrong consumer": ("4 * consumer + warp_index() % 4", "warp_index() % 4"),
 }  # fmt: skip
 
 
+HARD = [
+    {"keys": 300},
+    {"keys": 300, "heads": (4, 2), "causal": True, "p": 0.5, "lengths": True},
+    {"queries": 40, "keys": 17, "causal": True},
+]
+
+
 def check_hard(library):
-    every = PLAIN | {"batch": 2, "heads": (4, 2), "queries": 129, "keys": 300}
-    for seed in range(40):
+    """What finds most mistakes in few seeds."""
+    for seed in range(12):
         how = {"seed": seed, "grid": 1 + seed % 2, "resident": 1 + seed // 2 % 2}
-        check(library, every | {"causal": True, "p": 0.5, "lengths": True}, **how)
-        check(library, every | {"queries": 40, "keys": 17, "causal": True}, **how)
-        check(library, every | {"lengths": True}, **how)
+        for case in HARD:
+            check(library, PLAIN | {"batch": 2, "queries": 129} | case, **how)
 
 
 @pytest.mark.slow
