@@ -102,17 +102,33 @@ def test_without_ninja(small):
     assert answers(library)
 
 
-def test_sources_and_flags_make_another_library(small):
+@pytest.fixture
+def here(small, monkeypatch, capfd):
+    """Builds the small library in this process: (its path or the error, whether it was built)."""
     sources, env = small
-    first = finish(start(SMALL, sources, env=env))[1]
-    assert finish(start(SMALL, sources, "retry", env=env)) == ("path", first, "")
-    verdict, again, err = finish(start(SMALL, sources, "again", env=env))
-    assert (verdict, again) == ("path", first)
-    assert "building" in err
-    (sources / "cpu/more.h").write_text("")
-    second = finish(start(SMALL, sources, env=env))[1]
-    code = SMALL.replace("try:", "native_build.FLAGS.append('-DMORE')\ntry:")
-    third = finish(start(code, sources, env=env))[1]
+    monkeypatch.setattr(native_build, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", env["XDG_CACHE_HOME"])
+
+    def build(**options):
+        try:
+            found = native_build.build(**options)
+        except native_build.BuildError as error:
+            found = str(error)
+        return found, "building" in capfd.readouterr().err
+
+    return build
+
+
+def test_sources_and_flags_make_another_library(small, here, monkeypatch):
+    first, _ = here()
+    assert here(retry=True) == (first, False)
+    assert here(again=True) == (first, True)
+    (small[0] / "cpu/more.h").write_text("")
+    second, built = here()
+    assert built
+    monkeypatch.setattr(native_build, "FLAGS", [*native_build.FLAGS, "-DMORE"])
+    third, built = here()
+    assert built
     assert len({first, second, third}) == 3
 
 
