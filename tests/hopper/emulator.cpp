@@ -205,7 +205,7 @@ class Stage {  // the blocks that are resident, and their memory
     block.warps = std::vector<WarpState>(launch.threads / 32);
     block.warpgroups = std::vector<Warpgroup>((launch.threads + 127) / 128);
     block.warp_registers.assign(launch.threads / 32, launch.registers);
-    block.free_registers = kRegisterFile - launch.threads * launch.registers;
+    block.free_registers = 0;  // setmaxnreg deals with those that the block was launched with
     block.fibers = std::vector<Fiber>(launch.threads);
     for (int t = 0; t < launch.threads; ++t) {
       Fiber& fiber = block.fibers[t];
