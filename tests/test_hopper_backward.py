@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     hopper_calls.COMPILER is None, reason="there is no C++ compiler here"
 )
 
-TILES = (64, 96, 128)
+TILES = (64, 96, 128, 192, 256)
 PLAIN = {
     "dtype": torch.bfloat16, "batch": 1, "heads": (1, 1), "queries": 128, "keys": 128, "dim": 64,
     "causal": False, "mask": None, "lengths": False, "p": 0.0, "scale": None, "offsets": None,

@@ -1,4 +1,4 @@
-// Attention's backward on Hopper for D <= 128.
+// Attention's backward on Hopper for 97 <= D <= 128.
 #include "attention_backward_launch.h"
 
 namespace fusedformer {

@@ -1,4 +1,4 @@
-// Attention's backward on Hopper for D <= 96.
+// Attention's backward on Hopper for 65 <= D <= 96.
 #include "attention_backward_launch.h"
 
 namespace fusedformer {

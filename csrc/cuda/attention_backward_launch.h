@@ -24,12 +24,11 @@ BackwardMaps backward_maps(const Attention& p, const AttentionGrads& g) {
   const auto of_queries = [&](const Tensor4& t) {
     return tensor_map(t, p.dtype, p.batches, p.heads, p.n_queries, p.dim, Tile::kQueries);
   };
-  const auto of_keys = [&](const Tensor4& t, int rows) {
-    return tensor_map(t, p.dtype, p.batches, p.key_heads, p.n_keys, p.dim, rows);
+  const auto of_keys = [&](const Tensor4& t) {
+    return tensor_map(t, p.dtype, p.batches, p.key_heads, p.n_keys, p.dim, Tile::kKeys);
   };
-  return {of_queries(p.query),         of_queries(g.grad_out),
-          of_keys(p.key, Tile::kKeys), of_keys(p.value, Tile::kKeys),
-          of_keys(g.grad_key, 64),     of_keys(g.grad_value, 64)};
+  return {of_queries(p.query), of_queries(g.grad_out), of_keys(p.key),
+          of_keys(p.value),    of_keys(g.grad_key),    of_keys(g.grad_value)};
 }
 
 template <typename Element, typename Tile, bool kDropout>

@@ -30,8 +30,8 @@ void backward(const Attention& p, const AttentionGrads& g, emulator::Launch laun
                              map_of(g.grad_out, p.heads, p.n_queries, Tile::kQueries),
                              map_of(p.key, p.key_heads, p.n_keys, Tile::kKeys),
                              map_of(p.value, p.key_heads, p.n_keys, Tile::kKeys),
-                             map_of(g.grad_key, p.key_heads, p.n_keys, 64),
-                             map_of(g.grad_value, p.key_heads, p.n_keys, 64)};
+                             map_of(g.grad_key, p.key_heads, p.n_keys, Tile::kKeys),
+                             map_of(g.grad_value, p.key_heads, p.n_keys, Tile::kKeys)};
   const TileOrder order = backward_order<Tile>(p, g.deterministic);
   launch.grid = tile_count(order);
   launch.threads = kBackwardThreads;
