@@ -45,10 +45,14 @@ def test_compiles_as_one_graph(name):
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_six_layers_share_a_graph(norm_first, training):
+@pytest.mark.parametrize("library", [nn, pytest.param(torch.nn, marks=pytest.mark.slow)])
+def test_six_layers_share_a_graph(library, norm_first, training):
     """One for all layers; a second, of dynamic shapes, for all lengths after the first."""
-    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True, norm_first=norm_first)
-    stack = nn.TransformerEncoder(layer, 6).train(training)
+    options = {"batch_first": True, "norm_first": norm_first}
+    layer = library.TransformerEncoderLayer(16, 2, 32, 0.1, **options)
+    stack = library.TransformerEncoder(layer, 6, enable_nested_tensor=False).train(training)
+    if library is torch.nn:
+        fusedformer.fuse(stack)
     counter = CompileCounter()
     for layer in stack.layers:
         layer.compile(fullgraph=True, backend=counter)
