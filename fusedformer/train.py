@@ -37,9 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         own.add_argument("--out", required=True, metavar="DIR", help="a new folder for all output")
-        own.add_argument(
-            "--preset", choices=list(presets.PRESETS[task]), help="default: small, for a CPU"
-        )
+        named = ", ".join(presets.PRESETS[task])
+        own.add_argument("--preset", help=f"one of {named}; default: small, for a CPU")
         own.add_argument(
             "--data",
             help=f"{_DATA[task]}; or a name of `fusedformer data list`; default: the preset's",

@@ -122,12 +122,8 @@ def assert_user_error(command, says, capsys):
 
 
 def test_unknown_preset(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["train", "gpt", "--preset", "huge", "--out", str(tmp_path / "out")])
-    assert end.value.code == 2
-    assert "invalid choice: 'huge'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="gpt has no preset 'huge'; it has small, gpt2-small"):
-        train("gpt", preset="huge", out=tmp_path / "out")
+    command = ["train", "gpt", "--preset", "huge", "--out", str(tmp_path / "out")]
+    assert_user_error(command, "gpt has no preset 'huge'; it has small, gpt2-small", capsys)
     with pytest.raises(ValueError, match="task must be one of seq2seq, gpt, bert, vit"):
         train("lstm", out=tmp_path / "out")
     with pytest.raises(ValueError, match="the preset base has no data of its own"):
@@ -189,6 +185,10 @@ def test_folder_that_holds_something(tmp_path, capsys, text):
     assert_user_error(command, "out must be a new or an empty folder", capsys)
     assert_user_error([*command, "--resume"], "holds no run to resume", capsys)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    (tmp_path / "out" / "run.json").write_text('{"task": "gpt"')
+    assert_user_error([*command, "--resume"], "run.json is no JSON", capsys)
+    (tmp_path / "out" / "run.json").write_text('{"task": "gpt"}')
+    assert_user_error([*command, "--resume"], "it has no data", capsys)
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def read_config(path: "str | Path") -> dict[str, Any]:
         ValueError: there is no checkpoint, or the file is none of ours.
     """
     file = find(path) / "config.json"
-    about = _read_json(file)
+    about = read_json(file)
     if about.get("model") not in MODELS or not isinstance(about.get("config"), dict):
         raise ValueError(
             f'{file} is of no model of this package; it wants "model", one of '
@@ -229,7 +229,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not (folder / "training_state.json").is_file():
         raise ValueError(f"{folder} has no training state; it can be used, but not trained on")
-    return read_tensors(folder / "training_state.safetensors"), _read_json(
+    return read_tensors(folder / "training_state.safetensors"), read_json(
         folder / "training_state.json"
     )
 
@@ -248,7 +248,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: it holds something else; the text names it.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -120,7 +120,9 @@ def _resumed(out: Path, asked: dict[str, Any], fields: dict[str, Any]) -> dict[s
     file = out / "run.json"
     if not file.is_file():
         raise ValueError(f"{out} holds no run to resume; there is no run.json in it")
-    run = json.loads(file.read_text(encoding="utf-8"))
+    run = checkpoint.read_json(file)
+    if missing := {"task", "preset", "data", "fields"}.difference(run):
+        raise ValueError(f"{file} is not as training wrote it: it has no {min(missing)}")
     for name, value in asked.items():
         if value is not None and str(value) != run.get(name):
             raise ValueError(f"{out} holds a run with {name} {run.get(name)}, not {value}")
