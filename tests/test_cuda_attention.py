@@ -20,7 +20,7 @@ TAKEN = [cases.taken_by_cuda(case) for case in cases.CASES]
 LONG = [
     {**case, "batch": 3, "heads": (8, 2), "queries": 64 * n + 1, "keys": 61 * n, "dim": dim}
     for case, (n, dim) in zip(
-        TAKEN[::20], ((9, 64), (16, 128), (25, 96), (33, 64), (40, 128), (12, 40)), strict=True
+        TAKEN[::20], ((9, 64), (16, 128), (25, 96), (33, 192), (40, 256), (12, 40)), strict=True
     )
 ]
 DTYPES = (torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ def test_every_edge_of_a_tile(keys):
 
 
 @pytest.mark.parametrize("offsets", [None, (1, 2, 48, 16)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_masks_are_the_contracts(dim, offsets):
     """With V, or dO, the identity: the dropped weights themselves, and their transpose in dV."""
     query, key = torch.zeros(2, 3, 4, 300, dim, dtype=torch.bfloat16, device="cuda")  # all alike
@@ -76,7 +76,7 @@ def test_masks_are_the_contracts(dim, offsets):
     assert torch.equal(grad_value != 0, keep.mT)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_repetitions_are_bitwise_equal(dim):
     tensors = [_random(2, 8, 1500, dim).requires_grad_() for _ in range(3)]

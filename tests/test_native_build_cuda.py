@@ -13,6 +13,7 @@ import torch
 
 from fusedformer import build, cli
 from fusedformer.kernels import native_build_cuda, native_cache
+from fusedformer.kernels.cuda import attention as on_cuda
 from fusedformer.kernels.cuda import library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +111,21 @@ def test_the_command(monkeypatch, capsys, tmp_path):
         assert built == wanted
         built.clear()
     assert capsys.readouterr().err == f"fusedformer build: no CUDA kernels: {said}\n"
+
+
+def test_every_size_of_tile_is_compiled():
+    """One that is launched and compiled nowhere would show only when the library is loaded."""
+    folder = ROOT / "csrc/cuda"
+    for direction in ("forward", "backward"):
+        name = f"launch_{direction}"
+        launched = re.findall(rf"{name}<(\d+)>", (folder / f"attention_{direction}.cu").read_text())
+        compiled = [
+            size
+            for path in folder.glob(f"attention_{direction}_*.cu")
+            for size in re.findall(rf"template void {name}<(\d+)>", path.read_text())
+        ]
+        assert sorted(launched) == sorted(compiled)
+        assert max(map(int, launched)) == on_cuda.MAX_DIM
 
 
 # --- Built ----------------------------------------------------------------------------------------

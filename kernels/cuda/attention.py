@@ -13,7 +13,7 @@ from fusedformer.kernels.cuda.library import about, library, unsupported_device,
 __all__ = ["about", "attention_bwd", "attention_fwd", "attention_unsupported", "unsupported_device"]
 
 DTYPES = (torch.float16, torch.bfloat16)
-MAX_DIM = 128
+MAX_DIM = 256
 
 
 def _tma_refuses(tensor: Tensor) -> "str | None":
