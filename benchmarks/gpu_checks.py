@@ -77,7 +77,7 @@ def _attention_masks(
     batch, heads, length = _SIZES[device][1]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     flat = torch.zeros(batch, heads, length, length, dtype=dtype, device=device)  # all alike
-    one_hot = torch.eye(length, dtype=dtype, device=device).expand(flat.shape)
+    one_hot = torch.eye(length, dtype=dtype, device=device).repeat(batch, heads, 1, 1)
     case = attention.Case(batch, heads, length, length, dropout_p=p, device=device)
     out = attention.seeded(case, seed, backend)(flat, flat, one_hot)
     at = rng.as_seed("attention", seed, out.device)
