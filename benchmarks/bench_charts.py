@@ -25,7 +25,7 @@ class Chart:
 
     title: str
     draw: charts.Draw
-    size: tuple[float, float] = (4.8, 4.6)
+    size: charts.Size = charts.SIZE
 
 
 # --- Speed-ups ------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ _ENTRIES = 8  # on one chart
 
 
 def speedups(document: dict) -> Iterator[Chart]:
-    """For each op, what each implementation's speed is in units of the baseline's."""
+    """For each op, the baseline's cost in units of each implementation's."""
     by_op: dict[str, list[dict[str, dict]]] = {}
     for members in bench_tables.entries(document["rows"]).values():
         first = next(iter(members.values()))
@@ -43,9 +43,9 @@ def speedups(document: dict) -> Iterator[Chart]:
         for start in range(0, len(groups), _ENTRIES):
             chosen = groups[start : start + _ENTRIES]
             if bars := [bar for members in chosen for bar in _bars(members)]:
-                title = f"{op}: times the baseline's speed"
+                title = f"{op}: the baseline's cost over that of each"
                 draw = functools.partial(_draw_bars, bars=bars, title=title)
-                yield Chart(title, draw, (6.4, 1.4 + 0.27 * len(bars)))
+                yield Chart(title, draw, (7.2, 1.2 + 0.24 * len(bars)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _draw_bars(axes: Axes, ink: str, bars: list[Bar], title: str) -> None:
     for place, bar in zip(places, bars, strict=True):
         if bar.value is None:
             axes.text(
-                0, place - 0.1, bar.label, color=ink, fontsize=9, fontweight="bold",
+                0.01, place - 0.12, bar.label, color=ink, fontsize=9, fontweight="bold",
                 transform=axes.get_yaxis_transform(), va="center",
             )  # fmt: skip
             continue
@@ -96,6 +96,7 @@ def _draw_bars(axes: Axes, ink: str, bars: list[Bar], title: str) -> None:
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.set_xticks([], minor=True)
+    axes.set_ylim(0.4, len(bars) + 0.6)
     axes.set_yticks(list(places), [bar.label if bar.value is not None else "" for bar in bars])
     axes.tick_params(axis="y", length=0)
     charts.finish(axes, title, ink)
@@ -180,7 +181,8 @@ def _draw_growth(
     for held in series:
         colour, marker = charts.style(held.impl)
         law = held.slope()
-        name = held.label + (f": {x}^{law.exponent:.2f}" if law else "")
+        # A zero has no sign: + 0.0 takes it away.
+        name = held.label + (f": {x}^{round(law.exponent, 2) + 0.0:.2f}" if law else "")
         xs, ys = zip(*sorted(held.points), strict=True)
         axes.plot(xs, ys, color=colour, marker=marker, ms=5, lw=1.8, label=name)
     ticks = sorted({point[0] for held in series for point in held.points})
@@ -228,6 +230,9 @@ def _draw_roofline(axes: Axes, ink: str, rows: list[dict], ceilings: dict) -> No
         axes.plot(x, y, marker, color=colour, ms=6, alpha=0.85, label=label, ls="none")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.5 * min(row["flops"] / row["ms"]["median"] / 1e9 for row in rows))
+    charts.decades(axes.xaxis, *axes.get_xlim())
+    charts.decades(axes.yaxis, *axes.get_ylim())
     axes.set_xlabel("operations a byte", color=ink)
     axes.set_ylabel("TFLOP/s", color=ink)
     charts.finish(axes, "Roofline: ceilings measured in this run", ink)
@@ -243,7 +248,7 @@ def everything(document: dict) -> list[Chart]:
 
 def png(document: dict, heading: str, path: Path) -> bool:
     """Writes the charts on one sheet; False where there is none to draw."""
-    drawn = [chart.draw for chart in everything(document)]
+    drawn = [(chart.draw, chart.size) for chart in everything(document)]
     if drawn:
         charts.png(drawn, heading, path)
     return bool(drawn)

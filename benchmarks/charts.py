@@ -4,6 +4,7 @@ Raises ImportError on import where matplotlib is absent.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 INK = "#010203"  # stands for the page's own text colour; no other part of a chart has it
 GRID = "#8a8f98"
@@ -22,6 +25,8 @@ PAPER_INK = "#1f2328"
 _OURS, _THEIRS, _FORMULA = ("#d55e00", "o"), ("#2f81d8", "s"), ("#0f9d74", "^")
 STYLES = {
     "fused": _OURS,
+    "fused-triton": _OURS,
+    "fused-cuda": ("#a01f2d", "*"),
     "sdpa": _THEIRS,
     "torch": _THEIRS,
     "plain": _FORMULA,
@@ -44,6 +49,13 @@ FONT: Any = {  # matplotlib's stubs want a Literal for every key
 }
 
 Draw = Callable[[Axes, str], None]  # draws one set of axes in a text colour
+Size = tuple[float, float]  # inches
+
+SIZE: Size = (4.8, 4.6)
+_SHEET = 4 * SIZE[0]  # inches that charts side by side take at most
+
+# From the axes down to the legend: room for tick labels, turned ones, and the label below them.
+_LEGEND_INCHES = 0.62
 
 
 def style(impl: str) -> tuple[str, str]:
@@ -58,13 +70,26 @@ def log_log(axes: Axes, xs: list, x_label: str, y_label: str, ink: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator(xs))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    decades(axes.yaxis, *axes.get_ylim())
     axes.tick_params(axis="x", labelrotation=45 if len(xs) > 6 else 0)
     axes.set_xlabel(x_label, color=ink)
     axes.set_ylabel(y_label, color=ink)
+
+
+def decades(axis: Axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis: powers of ten; 1, 2 and 5 of each where there are few."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda y, _: _amount(y)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _amount(y: float) -> str:
+    if y < 1e-3:  # of a power of ten, where the axis spans many
+        return f"10{str(round(math.log10(y))).translate(_RAISED)}" if y > 0 else "0"
+    return f"{y:,.0f}" if y >= 1000 else f"{y:g}"
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def finish(axes: Axes, title: str, ink: str, legend: bool = True) -> None:
@@ -77,28 +102,50 @@ def finish(axes: Axes, title: str, ink: str, legend: bool = True) -> None:
         spine.set_color(GRID)
         spine.set_visible(side in ("left", "bottom"))
     if legend and axes.get_legend_handles_labels()[0]:
+        labels = axes.get_legend_handles_labels()[1]
+        # In inches: in parts of the axes it would hang the lower the taller they are.
+        inches = axes.get_figure(root=True).dpi_scale_trans
+        turned = 0.15 if any(t.get_rotation() for t in axes.get_xticklabels()) else 0.0
         axes.legend(
             fontsize=10, frameon=False, labelcolor=ink, loc="upper center",
-            bbox_to_anchor=(0.5, -0.26),
+            ncols=2 if len(labels) > 4 else 1, bbox_to_anchor=(0.5, 0.0), borderaxespad=0.0,
+            bbox_transform=axes.transAxes
+            + ScaledTranslation(0, -_LEGEND_INCHES - turned, inches),
         )  # fmt: skip
 
 
-def png(draws: Sequence[Draw], heading: str, path: Path) -> None:
-    """All charts on one white sheet, at most four in a row."""
-    columns = min(4, max(1, len(draws)))
-    height = max(1, -(-len(draws) // columns))
+def png(drawn: Sequence[tuple[Draw, Size]], heading: str, path: Path) -> None:
+    """All charts on one white sheet, in rows, each at its own size."""
+    rows: list[list[tuple[Draw, Size]]] = [[]]
+    for draw, size in drawn:
+        if rows[-1] and sum(held[1][0] for held in rows[-1]) + size[0] > _SHEET:
+            rows.append([])
+        rows[-1].append((draw, size))
+    widths = [sum(size[0] for _, size in row) for row in rows]
+    heights = [max((size[1] for _, size in row), default=1.0) for row in rows]
     with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(4.8 * columns, 4.5 * height + 0.6), layout="constrained")
+        figure = Figure(figsize=(max(widths), sum(heights) + 0.6), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
         figure.suptitle(heading, fontsize=13)
-        grid = list(figure.subplots(height, columns, squeeze=False).flat)
-        for axes, draw in zip(grid, draws, strict=False):
-            draw(axes, PAPER_INK)
-        for axes in grid[len(draws) :]:
-            axes.set_visible(False)
+        parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for part, row, width in zip(parts, rows, widths, strict=True):
+            # What a row leaves of the width, and a chart of the row's height, stays empty.
+            columns = _split(part, [size[0] for _, size in row], max(widths) - width)
+            for column, (draw, (_, height)) in zip(columns, row, strict=False):
+                below = max(size[1] for _, size in row) - height
+                draw(_split(column, [height], below, down=True)[0].subplots(), PAPER_INK)
         figure.savefig(path, dpi=110)
 
 
-def svg(draw: Draw, mark: str, size: tuple[float, float] = (4.8, 4.6)) -> str:
+def _split(part: Any, sizes: list[float], rest: float, down: bool = False) -> list[Any]:
+    """Parts of a figure side by side, or one below the other, and an empty one of size ``rest``."""
+    ratios = sizes + ([rest] if rest > 0.1 else [])  # the layout cannot solve for nothing
+    if down:
+        return list(part.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0])
+    return list(part.subfigures(1, len(ratios), squeeze=False, width_ratios=ratios)[0])
+
+
+def svg(draw: Draw, mark: str, size: Size = SIZE) -> str:
     """One chart as an <svg> element without a background, in the page's own text colour.
 
     Args:

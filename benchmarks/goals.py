@@ -76,9 +76,9 @@ def text(kind: str, amount: "float | None") -> str:
     if kind == OWN:
         return f"{amount:.0%} of p = 0"
     if kind == LINEAR:
-        return f"{amount:.2f}x at twice the length"
+        return f"{amount:.2f}x half the length"
     times = f"{amount:.0f}x" if amount >= 100 else f"{amount:.3g}x"
-    return f"{times} the best of torch" if kind == BEST else times
+    return f"{times} torch's best" if kind == BEST else times
 
 
 def reached(goal: dict, row: dict, document: dict) -> str:

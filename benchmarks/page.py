@@ -33,7 +33,8 @@ th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap;
   border-top: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th.text, td.text { text-align: left; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper); }
+tbody th.text { white-space: normal; min-width: 9rem; }
 details { margin: 0 0 .5rem; } summary { cursor: pointer; padding: .3rem 0; }
 .notes { font-size: .85rem; margin: 0 0 1.5rem; padding-left: .75rem; list-style: none;
   overflow-wrap: anywhere; }
@@ -41,7 +42,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; fo
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .charts.wide { grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); }
 @media (max-width: 40rem) { table { font-size: .75rem; }
-  th, td { padding: .3rem .35rem; white-space: normal; } }
+  th, td { padding: .3rem .4rem; } tbody th.text { min-width: 7.5rem; } }
 """
 
 _FACTS = (
@@ -128,6 +129,14 @@ def facts(document: dict) -> str:
         + "".join(f"<dt>{name}</dt><dd>{escape(str(held))}</dd>" for name, held in rows)
         + "</dl>"
     )
+
+
+def threads(environment: dict) -> str:
+    """How many threads a CPU's run had, to follow its name; "" on a GPU."""
+    count = environment["threads"]
+    if environment["device"] != "cpu":
+        return ""
+    return f", {count} thread{'s' if count != 1 else ''}"
 
 
 def busy(document: dict) -> "str | None":

@@ -24,8 +24,9 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """Such as "Time: causal, dropout 0.1"."""
-        return f"{self.what.capitalize()}: {results.variant_label(self.causal, self.dropout_p)}"
+        """Such as "Time: causal, dropout 0.1", or "Time over d: full, no dropout"."""
+        what = self.what.capitalize() + (" over d" if self.sweep == "head_dim" else "")
+        return f"{what}: {results.variant_label(self.causal, self.dropout_p)}"
 
 
 def panels(rows: list[dict]) -> list[Panel]:
@@ -95,11 +96,11 @@ def _draw_limit(axes: Axes, ink: str, panel: Panel, document: dict) -> None:
 
 def png(document: dict, heading: str, path: Path) -> None:
     """All panels on one white sheet."""
-    draws = [
-        functools.partial(draw, panel=panel, document=document)
+    drawn = [
+        (functools.partial(draw, panel=panel, document=document), charts.SIZE)
         for panel in panels(document["rows"])
     ]
-    charts.png(draws, heading, path)
+    charts.png(drawn, heading, path)
 
 
 def svg(panel: Panel, document: dict) -> str:

@@ -78,7 +78,8 @@ def write(document: dict, folder: Path) -> list[str]:
                 partial(_draw_times, document=document),
                 partial(_draw_shares, document=document),
             )
-            charts.png(list(draws), bench_page.setting(document), folder / "model.png")
+            drawn = [(draw, charts.SIZE) for draw in draws]
+            charts.png(drawn, bench_page.setting(document), folder / "model.png")
             written.append(str(folder / "model.png"))
             titles = ("Time of the parts over length", "Share of the parts over length")
             svgs = [
@@ -128,7 +129,7 @@ def _draw_times(axes, ink: str, document: dict) -> None:
     for marker, (name, ys) in zip("osv^DPx*", series.items(), strict=False):
         colour = _COLOURS.get(name, charts.GRID)
         axes.plot(xs, ys, color=colour, marker=marker, ms=5, lw=1.8, label=name)
-    charts.log_log(axes, xs, "sequence length N", "milliseconds, forward and backward", ink)
+    charts.log_log(axes, xs, "sequence length N", "milliseconds of a step", ink)
     charts.finish(axes, "Time of each part", ink)
 
 

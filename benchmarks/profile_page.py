@@ -39,7 +39,7 @@ def html(document: dict) -> str:
 def setting(document: dict) -> str:
     """One line: what was measured on what."""
     options, environment = document["options"], document["environment"]
-    threads = f", {environment['threads']} threads" if environment["device"] == "cpu" else ""
+    threads = page.threads(environment)
     return (
         f"{environment['device_name']}{threads}, PyTorch {environment['torch']}; "
         f"{options['dtype']}, batch {options['batch']}, {options['heads']} heads, "

@@ -193,7 +193,8 @@ def _write(data: dict, folder: Path) -> list[str]:
             if any(quantity in row for row in data[part])
         }
         if draws:
-            charts.png(list(draws.values()), bench_page.setting(data), folder / "recurrent.png")
+            sheet = [(draw, charts.SIZE) for draw in draws.values()]
+            charts.png(sheet, bench_page.setting(data), folder / "recurrent.png")
             written.append(str(folder / "recurrent.png"))
         drawn = [(t, charts.svg(d, f"r{i}-")) for i, (t, d) in enumerate(draws.items())]
     html = page.page(
