@@ -206,7 +206,7 @@ class Evidence:
         """Begins to compile: the first steps need nothing of it, and take as long."""
         with (self.out / "build.txt").open("w") as output:
             self._builder = subprocess.Popen(
-                [sys.executable, "-m", "fusedformer", "build"], cwd=gpu_tests.ROOT,
+                [sys.executable, "-m", "fusedformer", "build", self.device], cwd=gpu_tests.ROOT,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -217,7 +217,8 @@ class Evidence:
         except subprocess.TimeoutExpired:
             return f"stopped: not done after {part:.0f} s; it goes on beside the next steps"
         self._data["build"] = (self.out / "build.txt").read_text(errors="replace")[-4000:]
-        return f"failed: exit code {code}" if code else ""
+        said = self._data["build"].strip().splitlines() or [f"exit code {code}"]
+        return f"failed: {said[-1]}" if code else ""
 
     def _tests(self, runner: Runner, part: float) -> str:
         if reason := gpu_tests.missing():

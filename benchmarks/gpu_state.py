@@ -38,8 +38,9 @@ def watched(device: str) -> Iterator[dict]:
         yield found
     finally:
         process.terminate()
-        text, _ = process.communicate()
-        found |= summary(text)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            text, _ = process.communicate(timeout=5)
+            found |= summary(text)
 
 
 def summary(text: str) -> dict:

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from fusedformer.benchmarks import gpu_state, measure, timing, workers
 from fusedformer.benchmarks.entries import OVERHEAD, TIME, Entry, default_baseline
+from fusedformer.benchmarks.ops import common
 from fusedformer.benchmarks.ops.registry import OPS
 from fusedformer.benchmarks.workers import Outcome, Workers
 
@@ -67,6 +68,7 @@ class Runner:
     limits: Limits
     rows: list[dict] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+    _hung: dict[tuple[str, str], str] = field(default_factory=dict)
     _pools: dict[str, Workers] = field(default_factory=dict)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -119,7 +121,9 @@ class Runner:
         going = []
         for name, row in rows.items():
             needed = op.peak(name, entry.case)
-            if refusals[name]:
+            if where := self._hung.get((entry.op, name)):
+                row |= {"status": NOT_HERE, "reason": f"it was not done in time before: {where}"}
+            elif refusals[name]:
                 row |= {"status": NOT_HERE, "reason": refusals[name]}
             elif available is not None and needed > _MEMORY_SHARE * available:
                 row |= {
@@ -140,6 +144,8 @@ class Runner:
         if found.status != workers.OK or limit.status != workers.OK:
             failed = found if found.status != workers.OK else limit
             row |= {"status": failed.status, "reason": failed.reason}
+            if found.status == workers.TOO_SLOW:
+                self._leave_out(entry, row["impl"])
             return False
         row["label"] = found.value["label"]
         row["error"] = found.value["error"] | {"limit": limit.value}
@@ -149,20 +155,43 @@ class Runner:
         row["memory"] = found.value["memory"]
         return True
 
-    def _time(self, entry: Entry, rows: dict[str, dict]) -> None:
+    def _timed(self, entry: Entry, names: list[str]) -> dict[str, Outcome]:
         limits, host = self.limits, entry.quantity == OVERHEAD
+        timed = self._call(
+            entry, measure.times, entry.op, names, entry.case, entry.mode, entry.isa, host,
+            limits.seconds, limits.min_rounds, limits.max_rounds,
+        )  # fmt: skip
+        return timed.value if timed.status == workers.OK else dict.fromkeys(names, timed)
+
+    def _leave_out(self, entry: Entry, impl: str) -> None:
+        """From further problems of a GPU's run, whose time one that hangs would take again."""
+        if self.device == "cuda":
+            self._hung[entry.op, impl] = entry.named()
+
+    def _time(self, entry: Entry, rows: dict[str, dict]) -> None:
         with gpu_state.watched(self.device) as state:
-            timed = self._call(
-                entry, measure.times, entry.op, list(rows), entry.case, entry.mode, entry.isa, host,
-                limits.seconds, limits.min_rounds, limits.max_rounds,
-            )  # fmt: skip
+            outcomes = self._timed(entry, list(rows))
+            # They share a process: what hangs or breaks the GPU's context takes the others along.
+            # The newest kernels are the first that one suspects.
+            suspects = [name for name in rows if common.forced_backend(name) == "cuda"]
+            if suspects and len(rows) > len(suspects) and any(map(_shared, outcomes.values())):
+                for name in suspects:
+                    if outcomes[name].status == workers.TOO_SLOW:
+                        self._leave_out(entry, name)
+                outcomes |= self._timed(entry, [name for name in rows if name not in suspects])
         for name, row in rows.items():
             row["gpu"] = state or None
-            outcome = timed.value[name] if timed.status == workers.OK else timed
+            outcome = outcomes[name]
             if outcome.status == workers.OK:
                 row["ms"] = timing.summary(outcome.value["ms"])
             else:
                 row |= {"status": outcome.status, "reason": outcome.reason}
+
+
+def _shared(outcome: Outcome) -> bool:
+    """Whether what ended a measurement ended those beside it, too."""
+    ended = outcome.status == workers.TOO_SLOW or outcome.reason.startswith("the process")
+    return ended or "CUDA error" in outcome.reason
 
 
 def new_row(entry: Entry, name: str) -> dict:

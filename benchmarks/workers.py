@@ -66,9 +66,21 @@ def _serve(connection: Any) -> None:
             outcome = Outcome(OK, function(*args))
         except Exception as error:
             outcome = failure(error)
-        if outcome.status != OK and torch.cuda.is_initialized():
+        broken = _context_is_broken()
+        if outcome.status != OK and torch.cuda.is_initialized() and not broken:
             torch.cuda.empty_cache()  # pieces that the next call could not use
-        connection.send(outcome)
+        connection.send((outcome, broken))
+
+
+def _context_is_broken() -> bool:
+    """Whether a kernel's fault has made every later call of this process to the GPU fail."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 class Workers:
@@ -148,7 +160,7 @@ class Workers:
         try:
             self._connection.send((function, args))
             if self._connection.poll(None if timeout == math.inf else max(0.0, timeout)):
-                outcome = self._connection.recv()
+                outcome, broken = self._connection.recv()
             else:
                 outcome = Outcome(TOO_SLOW, reason=f"not done after {timeout:.0f} s")
                 self._process.kill()
@@ -158,11 +170,12 @@ class Workers:
             self._process.join(_GONE_AFTER)
             outcome = _death(self._process.exitcode)
             self._end()
+            broken = False
         except BaseException:  # an interrupt: the call may run on for long
             self._process.kill()
             self._end()
             raise
-        if self._fresh:
+        if self._fresh or broken:
             self._end()
         return outcome
 

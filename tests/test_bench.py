@@ -1,6 +1,8 @@
 """fusedformer bench: what it measures, what it flags, rows for what fails, its files."""
 
 
+import contextlib
+
 import pytest
 from bench_pools import Inline, row
 
@@ -191,6 +193,41 @@ def test_csv():
     assert lines[0].endswith("impl,label,version,latency,speedup,status,reason")
     assert lines[1].endswith("fused,fused,,1.0,,ok,")
     assert lines[2].endswith('sdpa,sdpa,,,,failed,"a, b"')
+
+
+def test_what_hangs_on_a_gpu_is_left_out_of_further_problems():
+    """Alone, it is told apart; timed beside others, these are timed again without it."""
+    slow = Outcome(workers.TOO_SLOW, reason="not done after 75 s")
+    names = ("fused-triton", "fused-cuda", "sdpa")
+    asked = [Entry("attention", TINY.at(seq=n), "fwd", impls=names) for n in (16, 32)]
+    calls = []
+
+    class Pool(contextlib.nullcontext):
+        def run(self, function, op, *args, timeout=None):
+            calls.append((function.__name__, args[0]))
+            if function is measure.look:
+                return Outcome(workers.OK, (dict.fromkeys(names), None))
+            if function is measure.limits:
+                return Outcome(workers.OK, {"forward": 1.0})
+            if function is measure.first:
+                error = {"forward": 0.0, "backward": None}
+                return Outcome(workers.OK, {"label": "", "memory": {}, "error": error})
+            assert function is measure.times
+            if "fused-cuda" in args[0]:
+                return slow
+            times = Outcome(workers.OK, {"ms": [1.0]})
+            return Outcome(workers.OK, dict.fromkeys(args[0], times))
+
+    with runner.Runner("cuda", QUICK) as held:
+        held._pools[""] = Pool()
+        list(held.run(asked, lambda entry: None))
+    statuses = [(row["impl"], row["status"]) for row in held.rows]
+    assert statuses[:3] == [("fused-triton", "ok"), ("fused-cuda", "too slow"), ("sdpa", "ok")]
+    assert statuses[3:] == [("fused-triton", "ok"), ("fused-cuda", runner.NOT_HERE), ("sdpa", "ok")]
+    assert "N = 16" in held.rows[4]["reason"]
+    assert [names for what, names in calls if what == "times"] == [
+        ["fused-triton", "fused-cuda", "sdpa"], ["fused-triton", "sdpa"], ["fused-triton", "sdpa"],
+    ]  # fmt: skip
 
 
 # --- Suites and the command -----------------------------------------------------------------------
