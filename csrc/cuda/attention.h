@@ -29,7 +29,7 @@ struct Attention {
   uint32_t threshold;         // a word below it drops its element
   float inverse_keep;         // 1 / (1 - p)
   int64_t offsets[4];         // of batch, head, query and key, in the dropout mask
-  int* counter;               // one int of scratch, for the forward: the next tile to be taken
+  int* counter;               // one int of scratch, for the forward: how many tiles were taken
 };
 
 struct AttentionGrads {

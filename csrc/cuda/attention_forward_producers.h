@@ -19,8 +19,8 @@ __device__ __forceinline__ int blocks_of(const Attention& p, const ForwardWork& 
 // ---- Warp 0, one thread: tiles and loads -------------------------------------------------------
 
 template <typename Tile>
-__device__ __forceinline__ ForwardWork take_work(const Attention& p, const TileOrder& order) {
-  const int index = atomic_add(p.counter, 1);
+__device__ __forceinline__ ForwardWork work_at(const Attention& p, const TileOrder& order,
+                                               int index) {
   if (index >= tile_count(order)) return {-1, 0, 0, 0};
   const HeadTile tile = tile_at(order, index);
   const int batch = tile.head / p.heads;
@@ -36,7 +36,8 @@ __device__ __forceinline__ void load_panels(Panel (&panels)[kPanels][kRows], con
   for (int i = 0; i < kPanels; ++i) tma_load(panels[i], map, full, i * kPanelColumns, n, h, b);
 }
 
-// It runs ahead of the consumers, into the next tile, as far as the rings reach.
+// Every CTA begins with a tile of its own, and then takes what is left. This runs ahead of the
+// consumers, into the next tile, as far as the rings reach.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void load_tiles(const Attention& p, const ForwardMaps& maps,
                                            const TileOrder& order,
@@ -47,8 +48,9 @@ __device__ __forceinline__ void load_tiles(const Attention& p, const ForwardMaps
   Cursor<2> slot;
   Cursor<1> query;
   Cursor<Tile::kStages> key, value;
-  for (;; slot.next(), query.next()) {
-    const ForwardWork work = take_work<Tile>(p, order);
+  int index = block_index();
+  for (;; slot.next(), query.next(), index = grid_size() + atomic_add(p.counter, 1)) {
+    const ForwardWork work = work_at<Tile>(p, order, index);
     mbarrier_wait(&s.work_empty[slot.at], slot.parity ^ 1);
     s.work[slot.at] = work;
     mbarrier_arrive(&s.work_full[slot.at]);
