@@ -63,6 +63,35 @@ def test_hooks_on_parts_of_berts_layers_are_called(name):
     assert called == ["forward"]
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("name", ["dropout", "dropout1", "dropout2", "dropout3"])
+def test_a_dropout_is_its_own_sublayers(name, norm_first):
+    """One that drops all, the others nothing: that is no matter of chance."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 64)
+    layers = {nn.TransformerDecoderLayer(64, 4, norm_first=norm_first, **OPTIONS): (x, x)}
+    if name != "dropout3":
+        layers[nn.TransformerEncoderLayer(64, 4, norm_first=norm_first, **OPTIONS)] = (x,)
+    for layer, inputs in layers.items():
+        getattr(layer, name).p = 1.0
+        check_fused(layer, inputs)
+
+
+@pytest.mark.parametrize("name", ["output", "attention.output"])
+def test_berts_dropout_is_the_sublayers(name):
+    part = bert().encoder.layer[0].get_submodule(name).train()
+    part.dropout.p = 1.0
+    check_fused(part, (torch.randn(2, 7, part.dense.in_features), torch.randn(2, 7, 64)))
+
+
+def check_fused(module, inputs):
+    """Fused, it computes what it did."""
+    eager = module(*inputs)
+    truth = copy.deepcopy(module).double()(*(x.double() for x in inputs))
+    fuse(module)
+    assert_within_bound("output", module(*inputs), eager, truth)
+
+
 def test_a_hook_that_is_added_changes_no_result():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(64, 4, **OPTIONS)
