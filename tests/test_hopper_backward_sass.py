@@ -62,7 +62,7 @@ def check_kernel(sass: str, dim: int, dropout: bool) -> None:
     value, key = products(own, queries // 16), products(own, queries // 16)
     query = products(64 if splits_keys else own, keys // 16)
     exponentials = ["MUFU.EX2"] * (scores_of(dim) // 2)
-    wanted = products(scores_of(dim), 2 * (dim // 16)) + ["1"] + exponentials
+    wanted = [*products(scores_of(dim), 2 * (dim // 16)), "1", *exponentials]
     if splits_keys and queries == 64 and not dropout:
         wanted += [*value, "1", "BAR.SYNC 0x1"]  # dV starts before dP is waited for
     elif splits_keys:
