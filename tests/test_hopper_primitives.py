@@ -240,12 +240,16 @@ def test_nvcc_makes_the_instructions(tmp_path):
         nvcc = native_build_cuda.find_nvcc()
     except BuildError as reason:
         pytest.skip(str(reason))
-    done = subprocess.run(
-        [nvcc.path, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin",
-         f"-I{hopper_calls.CUDA}", hopper_calls.FOLDER / "wrappers.cu", "-o", tmp_path / "cubin"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    said = done.stdout + done.stderr
+
+
+    def compiled(*options):
+        command = [nvcc.path, "-std=c++17", f"-I{hopper_calls.CUDA}", *options]
+        command.append(hopper_calls.FOLDER / "wrappers.cu")
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    said = compiled(target, "-Xptxas=-v", "-cubin", "-o", tmp_path / "cubin")
     for word in ("warning", "Potential Performance Loss"):
         assert word not in said, said
     # No register array has ended in memory.
@@ -266,3 +270,13 @@ def test_nvcc_makes_the_instructions(tmp_path):
     )  # fmt: skip
     for instruction in instructions:
         assert instruction in sass, instruction
+
+    # What ptxas may put there by itself: for each of 16 sizes and two types.
+    compiled("-arch=compute_90a", "-ptx", "-o", tmp_path / "ptx")
+    ptx = (tmp_path / "ptx").read_text()
+    for instruction in ("fence", "commit_group", "wait_group"):
+        assert ptx.count(f"wgmma.{instruction}.sync.aligned") == 32
+    # And what leaves no trace of its own.
+    assert ptx.count("fence.proxy.async.shared::cta;") == 2
+    for instruction in ("fence.mbarrier_init", "bulk.wait_group.read 0", "bulk.wait_group 0"):
+        assert instruction in ptx
