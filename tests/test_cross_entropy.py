@@ -90,13 +90,13 @@ def check_pairs(case, device="cpu", backends=BACKENDS):
 
 
 # The covering set is whole only with the slow part.
-@pytest.mark.parametrize("case", CASES[::3], ids=describe)
+@pytest.mark.parametrize("case", CASES[::5], ids=describe)
 def test_backend_pairs(case):
     check_pairs(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for n, c in enumerate(CASES) if n % 3], ids=describe)
+@pytest.mark.parametrize("case", [c for n, c in enumerate(CASES) if n % 5], ids=describe)
 def test_backend_pairs_rest(case):
     check_pairs(case)
 

@@ -4,6 +4,7 @@ import layer_norm_cases as cases
 import pytest
 import torch
 from backends import ROW_BACKENDS as BACKENDS
+from backends import pairs
 from bounds import assert_within_bound
 from torch.nn import functional
 
@@ -25,6 +26,7 @@ def check_pairs(case: dict, backends: tuple[str, ...] = BACKENDS) -> None:
     dtype = cases.z_dtype(case)
     names = ("grad_x", "grad_residual", "grad_weight", "grad_bias")
     wanted = [tensor is not None for tensor in (residual, weight, bias)]
+    met = pairs(cases.CASES.index(case) if case in cases.CASES else 0, backends)
     for forward in backends:
         y, z, mean, rstd = OPS.dropout_add_layer_norm_fwd(
             x, residual, weight, bias, seed, p, cases.eps(case), rms, prenorm, dtype, forward
@@ -36,7 +38,7 @@ def check_pairs(case: dict, backends: tuple[str, ...] = BACKENDS) -> None:
         if prenorm:
             assert_within_bound(f"z of {forward}", z, eager["z"], truth["z"])
         kept = (z, None) if prenorm else (x, residual)
-        for backward in backends:
+        for backward in [second for first, second in met if first == forward]:
             found = OPS.dropout_add_layer_norm_bwd(
                 *grads, *kept, weight, bias, seed, mean, rstd, p, rms, prenorm, dtype,
                 *wanted, backward,
@@ -52,7 +54,7 @@ def check_pairs(case: dict, backends: tuple[str, ...] = BACKENDS) -> None:
 
 
 # The covering set is whole only with the slow part.
-FAST = [case for case in cases.CASES[::4] if case["size"][1] < 9000]
+FAST = [case for case in cases.CASES[::6] if case["size"][1] < 9000]
 
 
 @pytest.mark.parametrize("case", FAST, ids=cases.describe)
@@ -97,11 +99,11 @@ def test_weight_gradients_over_many_tiles(size):
 @pytest.mark.parametrize("is_rms_norm", [False, True])
 def test_many_tiles_of_many_blocks(monkeypatch, is_rms_norm):
     """As wide rows are done, but with blocks so small that a few numbers make many of them."""
-    config = launchers.Config(rows=2, block=32, warps=4, wide=True)
+    config = launchers.Config(rows=2, block=32, warps=16, wide=True)  # of four programs
     monkeypatch.setattr(launchers, "forward_config", lambda *args: config)
     monkeypatch.setattr(launchers, "backward_config", lambda *args, **kwargs: config)
     rest = {"is_rms_norm": is_rms_norm, "prenorm": not is_rms_norm, "grads": "both"}
-    check_pairs(_many_tiles((37, 70)) | rest)
+    check_pairs(_many_tiles((13, 70)) | rest)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
