@@ -87,6 +87,8 @@ def checked_scale(op: str, scale: object) -> float:
 
 def distinct(*tensors: Any) -> list[Any]:
     """The tensors, a repeated one as a view: Dynamo takes none twice into a Function."""
+    if hasattr(tensors[0], "device_mesh"):  # DTensors, whose parts are tensors of their own
+        return list(tensors)
     seen: list[Any] = []
     for tensor in tensors:
         again = tensor is not None and any(tensor is other for other in seen)

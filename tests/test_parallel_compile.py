@@ -1,4 +1,4 @@
-"""Attention over a shared sequence in compiled code: one graph, and what eager code gives."""
+"""Attention over a shared sequence in compiled code, one graph; ops on DTensors, several."""
 
 import functools
 
@@ -6,10 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedformer
-from fusedformer.integrations.parallel import ring_attention, shard_sequence, ulysses_attention
+from fusedformer.integrations.parallel import (
+    ring_attention,
+    shard_sequence,
+    tensor_parallel_plan,
+    ulysses_attention,
+)
 
 OPTIONS = {"causal": True, "dropout_p": 0.3}
 CASES = [
@@ -58,9 +66,29 @@ def check_inductor_and_groups():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [check_compiled, check_inductor_and_groups])
-def test_one_graph_on_two_processes(processes, check):
-    processes.run(2, check)
+def check_dtensors():
+    """Ops on DTensors run between graphs."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+    torch.manual_seed(0)
+    x = distribute_tensor(torch.randn(2, 4, 32, 16), mesh, [Shard(1)]).requires_grad_()
+
+    def attend(x):
+        return fusedformer.attention(x, x, x, seed=3, **OPTIONS)
+
+    layer = fusedformer.nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
+    layer = parallelize_module(layer, mesh, tensor_parallel_plan(layer))
+    for call, given in ((attend, x), (layer, torch.randn(2, 8, 32, requires_grad=True))):
+        runs = []
+        for function in (torch.compile(call, backend="aot_eager"), call):
+            out = function(given)
+            runs.append([out, *torch.autograd.grad(out.sum(), given)])
+        for found, wanted in zip(*runs, strict=True):
+            found, wanted = (t.full_tensor() if call is attend else t for t in (found, wanted))
+            assert torch.equal(found, wanted)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="ops on DTensors run between"):
+        torch.compile(attend, fullgraph=True, backend="aot_eager")(x)
 
 
 def test_modes_of_a_ring_of_one(alone):
@@ -77,3 +105,9 @@ def test_modes_of_a_ring_of_one(alone):
             function(*own, causal=True, key_lengths=lengths).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [check_compiled, check_inductor_and_groups, check_dtensors])
+def test_on_two_processes(processes, check):
+    processes.run(2, check)
