@@ -17,6 +17,7 @@ from fusedformer.integrations.parallel import (
     shard_sequence,
     ulysses_attention,
 )
+from fusedformer.integrations.sequence import parts
 from fusedformer.kernels import rng
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,21 @@ ULYSSES = [
     {"causal": True, "heads": (8, 4), "dropout_p": 0.3, "seed": SEED},
     {"dropout_p": 0.3, "sizes": (12, 20), "lengths": (3, 20), "scale": 0.5},
 ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_zigzag_is_equal_work(size):
+    """Position i sees i + 1 keys where attention is causal."""
+    seen: list[int] = []
+    work = set()
+    for rank in range(size):
+        own = [
+            part.start + i for part in parts(8, rank, size, zigzag=True) for i in range(part.length)
+        ]
+        seen += own
+        work.add(sum(position + 1 for position in own))
+    assert sorted(seen) == list(range(8 * size))
+    assert len(work) == 1
 
 
 def check_all(function, options):
