@@ -290,7 +290,7 @@ def test_what_would_change_the_result_is_refused(argument):
         hf.attention_forward(module, *tensors, None, **{argument: torch.ones(2)})
 
 
-@pytest.mark.parametrize("name", HF_MODELS)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_weights_are_refused(name):
     """GPT-2, for one, does not tell its layers that it waits for them."""
     model, inputs = HF_MODELS[name]()
