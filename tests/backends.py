@@ -13,6 +13,8 @@ from fusedformer.kernels import native
 _CPU = not torch.cuda.is_available() and native.library()[1] is None
 BACKENDS = ("reference", "triton", "cpu") if _CPU else ("reference", "triton")
 ROW_BACKENDS = BACKENDS
+# For what is the same code up to the choice of the backend: one, and with the slow tests the rest.
+ONE_BACKEND = (BACKENDS[-1], *(pytest.param(n, marks=pytest.mark.slow) for n in BACKENDS[:-1]))
 
 # Why the backend "cuda" cannot run here, or None; asking builds nothing. It takes attention in 16
 # bits without masks, so tests of its own call it (tests/test_cuda_attention.py).

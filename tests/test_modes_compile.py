@@ -43,8 +43,15 @@ def test_compiles_as_one_graph(name):
     assert len(counts) == 1
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("norm_first", "training"),
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("library", [nn, pytest.param(torch.nn, marks=pytest.mark.slow)])
 def test_six_layers_share_a_graph(library, norm_first, training):
     """One for all layers; a second, of dynamic shapes, for all lengths after the first."""
