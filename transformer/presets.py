@@ -219,11 +219,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "bert-classifier": {
         "small": {
             "data": "homeassistant-languages",
-            "vocab_size": 1000,
-            "d_model": 64,
+            "vocab_size": 2000,
+            "d_model": 128,
             "layers": 2,
             "heads": 4,
-            "d_ff": 256,
+            "d_ff": 512,
             "dropout": 0.1,
             "prenorm": True,
             "max_length": 96,
