@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -104,7 +105,9 @@ def finish(axes: Axes, title: str, ink: str, legend: bool = True) -> None:
     if legend and axes.get_legend_handles_labels()[0]:
         labels = axes.get_legend_handles_labels()[1]
         # In inches: in parts of the axes it would hang the lower the taller they are.
-        inches = axes.get_figure(root=True).dpi_scale_trans
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        inches = figure.dpi_scale_trans
         turned = 0.15 if any(t.get_rotation() for t in axes.get_xticklabels()) else 0.0
         axes.legend(
             fontsize=10, frameon=False, labelcolor=ink, loc="upper center",
@@ -124,8 +127,8 @@ def png(drawn: Sequence[tuple[Draw, Size]], heading: str, path: Path) -> None:
     widths = [sum(size[0] for _, size in row) for row in rows]
     heights = [max((size[1] for _, size in row), default=1.0) for row in rows]
     with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(max(widths), sum(heights) + 0.6), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+        figure = Figure(figsize=(max(widths), sum(heights) + 0.6), layout=layout)
         figure.suptitle(heading, fontsize=13)
         parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
         for part, row, width in zip(parts, rows, widths, strict=True):
