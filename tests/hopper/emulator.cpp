@@ -124,7 +124,10 @@ Fiber* take_runnable() {
 }
 
 void step_a_task() {
-  const uint32_t i = random_below(static_cast<uint32_t>(tasks.size()));
+  // Chosen by lot they would all get on alike; the newest first, some are left far behind.
+  const uint32_t count = static_cast<uint32_t>(tasks.size());
+  uint32_t i = random_below(count);
+  if (policy != kUniform) i = policy == kNewestFirst ? count - 1 : 0;
   Block* block = tasks[i]->block;
   if (!tasks[i]->step()) return;
   --block->tasks;
