@@ -92,6 +92,13 @@ struct alignas(1024) BackwardShared {
   int work;  // which block of keys this CTA took
 };
 
+// Floats of a part of dQ in the workspace: columns that are not there are left out.
+template <typename Tile>
+FUSEDFORMER_HOST_DEVICE constexpr int part_floats(int part) {
+  const int left = Tile::kDim - (Tile::kPartsAreColumns ? part * Tile::kPartColumns : 0);
+  return 64 * (left < Tile::kPartColumns ? left : Tile::kPartColumns);
+}
+
 // The workspace. A "tile" is kQueries queries of one head of one batch; rows past Nq are there, too,
 // so that every tile is whole.
 struct BackwardWorkspace {
@@ -106,6 +113,8 @@ FUSEDFORMER_HOST_DEVICE int tiles_of(int n, int rows) { return (n + rows - 1) / 
 
 template <typename Tile>
 inline BackwardWorkspace backward_workspace(const Attention& p, bool deterministic, void* memory) {
+  static_assert(part_floats<Tile>(0) + part_floats<Tile>(1) == Tile::kQueries * Tile::kDim,
+                "the parts of dQ are all of it");
   const size_t tiles =
       size_t(p.batches) * p.heads * tiles_of(p.n_queries, Tile::kQueries);
   char* const base = static_cast<char*>(memory);
@@ -183,13 +192,6 @@ FUSEDFORMER_HOST_DEVICE Visit visit_of(const Attention& p, const KeyBlock& k, in
   v.tile = k.first_tile + t % per_head;
   v.at = (static_cast<int64_t>(k.batch) * p.heads + v.head) * k.tiles + v.tile;
   return v;
-}
-
-// Floats of a part of dQ in the workspace: columns that are not there are left out.
-template <typename Tile>
-FUSEDFORMER_HOST_DEVICE int part_floats(int part) {
-  const int left = Tile::kDim - (Tile::kPartsAreColumns ? part * Tile::kPartColumns : 0);
-  return 64 * (left < Tile::kPartColumns ? left : Tile::kPartColumns);
 }
 
 // Where (row, column) of dQ lies in its tile of the workspace. Parts follow one another. In a part,
