@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedformer.kernels import native_build, rng
 
+_ops = torch.ops.fusedformer_native
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,12 +36,11 @@ def about() -> "dict[str, str | None]":
     path, error = library()
     if path is None:
         return {"library": None, "error": error}
-    ops = torch.ops.fusedformer_native
     return {
         "library": path,
-        "instruction_set": ops.isa(),
-        "instruction_sets": ops.isas(),
-        "compiler": ops.compiler(),
+        "instruction_set": _ops.isa(),
+        "instruction_sets": _ops.isas(),
+        "compiler": _ops.compiler(),
     }
 
 
@@ -57,7 +57,7 @@ def unsupported_tensors(*tensors: "Tensor | None") -> "str | None":
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"{tensor.dtype} runs on the reference backend only"
     assert tensors[0] is not None
-    return unsupported_device(tensors[0].device)
+    return library()[1] if tensors[0].is_cpu else unsupported_device(tensors[0].device)
 
 
 def _dropout(p: float) -> tuple[int, float]:
@@ -75,7 +75,7 @@ def dropout_unsupported(x: Tensor, *args: object) -> "str | None":
 
 def dropout_fwd(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """As reference.dropout_fwd."""
-    return torch.ops.fusedformer_native.dropout_fwd.default(x, seed, *_dropout(p))
+    return _ops.dropout_fwd.default(x, seed, *_dropout(p))
 
 
 def dropout_bwd(grad_out: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -110,7 +110,7 @@ def dropout_add_layer_norm_fwd(
     z_dtype: torch.dtype,
 ) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor]":
     """As reference.dropout_add_layer_norm_fwd."""
-    return torch.ops.fusedformer_native.dropout_add_layer_norm_fwd.default(
+    return _ops.dropout_add_layer_norm_fwd.default(
         x, residual, weight, bias, seed, *_dropout(dropout_p), eps, is_rms_norm, prenorm, z_dtype
     )
 
@@ -134,7 +134,7 @@ def dropout_add_layer_norm_bwd(
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]":
     """As reference.dropout_add_layer_norm_bwd."""
-    return torch.ops.fusedformer_native.dropout_add_layer_norm_bwd.default(
+    return _ops.dropout_add_layer_norm_bwd.default(
         grad_y, grad_z, source, residual, weight, bias, seed, mean, rstd, *_dropout(dropout_p),
         prenorm, z_dtype, residual_grad, weight_grad, bias_grad,
     )  # fmt: skip
@@ -155,7 +155,7 @@ def bias_activation_fwd(
     x: Tensor, bias: "Tensor | None", seed: "Tensor | None", activation: str, dropout_p: float
 ) -> Tensor:
     """As reference.bias_activation_fwd."""
-    return torch.ops.fusedformer_native.bias_activation_fwd.default(
+    return _ops.bias_activation_fwd.default(
         x, bias, seed, _ACTIVATIONS[activation], *_dropout(dropout_p)
     )
 
@@ -170,7 +170,7 @@ def bias_activation_bwd(
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None]":
     """As reference.bias_activation_bwd."""
-    return torch.ops.fusedformer_native.bias_activation_bwd.default(
+    return _ops.bias_activation_bwd.default(
         grad_out, x, bias, seed, _ACTIVATIONS[activation], *_dropout(dropout_p), bias_grad
     )
 
@@ -189,9 +189,7 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: "Tensor | None", ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.cross_entropy_fwd."""
-    return torch.ops.fusedformer_native.cross_entropy_fwd.default(
-        logits, target, weight, ignore_index, smoothing
-    )
+    return _ops.cross_entropy_fwd.default(logits, target, weight, ignore_index, smoothing)
 
 
 def cross_entropy_bwd(
@@ -206,7 +204,7 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """As reference.cross_entropy_bwd."""
     grad = logits if overwrite else logits.new_empty(logits.shape)
-    torch.ops.fusedformer_native.cross_entropy_bwd.default(
+    _ops.cross_entropy_bwd.default(
         grad_losses, lse, logits, target, weight, ignore_index, smoothing, grad
     )
     return grad
@@ -246,10 +244,10 @@ def attention_fwd(
     """O and LSE; see reference.attention_fwd."""
     if diagonal is None:
         diagonal = key.shape[2]  # which hides nothing
-    return torch.ops.fusedformer_native.attention_fwd.default(
-        query, key, value, mask, key_lengths, seed, diagonal, scale,
-        rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets,
-    )  # fmt: skip
+    dropout = () if seed is None else (seed, *_dropout(dropout_p), *offsets)
+    return _ops.attention_fwd.default(
+        query, key, value, mask, key_lengths, diagonal, scale, *dropout
+    )
 
 
 def attention_bwd(
@@ -268,13 +266,15 @@ def attention_bwd(
     dropout_p: float,
     offsets: list[int],
     mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:
-    """dQ, dK, dV and the mask's gradient; see reference.attention_bwd. Deterministic."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dQ, dK, dV and the mask's gradient, empty where not asked; see reference.attention_bwd.
+
+    Deterministic.
+    """
     if diagonal is None:
         diagonal = key.shape[2]
-    *grads, grad_mask = torch.ops.fusedformer_native.attention_bwd.default(
-        grad_out, grad_lse, out, lse,
-        query, key, value, mask, key_lengths, seed, diagonal, scale,
-        rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets, mask_grad,
+    dropout = () if seed is None else (seed, *_dropout(dropout_p), *offsets)
+    return _ops.attention_bwd.default(
+        grad_out, grad_lse, out, lse, mask_grad,
+        query, key, value, mask, key_lengths, diagonal, scale, *dropout,
     )  # fmt: skip
-    return (*grads, grad_mask if mask_grad else None)

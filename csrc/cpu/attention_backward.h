@@ -114,14 +114,15 @@ void prepare(const Attention& p, const AttentionGrads& g, int64_t b, int64_t h, 
   if (p.scale < 0) flip_signs(t.query, Pack<Math>::words(p.dim) * TILE, Math::SIGNS);
   pack_columns<Math>(p.dtype, grad_out, g.grad_out.row, n, p.dim, s.rows, t.grad_out);
   // Steps beyond the last query have weights of 0, and must not be NaN.
-  const size_t steps_bytes = sizeof(float) * width * TILE / Math::PER_WORD;
-  __builtin_memset(t.query_steps, 0, steps_bytes);
-  __builtin_memset(t.grad_out_steps, 0, steps_bytes);
+  const int filled = rounded_up(n, LANES), steps = (n + Math::PER_WORD - 1) / Math::PER_WORD;
+  const size_t left = sizeof(float) * width * (filled / Math::PER_WORD - steps);
+  __builtin_memset(t.query_steps + steps * width, 0, left);
+  __builtin_memset(t.grad_out_steps + steps * width, 0, left);
   Pack<Math>::steps(p.dtype, query, p.query.row, n, p.dim, t.query_steps, width);
   Pack<Math>::steps(p.dtype, grad_out, g.grad_out.row, n, p.dim, t.grad_out_steps, width);
 
   const int64_t at = (b * p.heads + h) * p.n_queries + first;
-  fill(t.grad_query, p.dim * TILE, 0);
+  clear_columns(t.grad_query, p.dim, filled);
   fill(t.lse, TILE, LSE_OF_NOTHING);
   fill(t.shift, TILE, 0);
   for (int i = 0; i < n; ++i) {
@@ -293,7 +294,7 @@ void query_grads(const Attention& p, const AttentionGrads& g, const QueryTile& t
   attention_wait(done, static_cast<int>(block));
   product<Math, false>(p.dim, steps, vectors, keys, grads, TILE, t.grad_query, TILE);
   if ((block + 1) * BLOCK >= p.key_end(b, tile))
-    store_columns(t.grad_query, p.scale, queries, p.dim, s.rows, p.dtype,
+    store_columns(t.grad_query, [&](int) { return p.scale; }, queries, p.dim, s.rows, p.dtype,
                   g.grad_query.at(b, h, tile * TILE), g.grad_query.row);
   __atomic_store_n(done, static_cast<int>(block + 1), __ATOMIC_RELEASE);
 }

@@ -90,8 +90,7 @@ void start_tile(const Attention& p, int64_t b, int64_t h, int64_t tile, ForwardS
   const int filled = rounded_up(state.n, LANES);
   fill(state.maximum, filled, LEAST_MAXIMUM);
   fill(state.sum, filled, 0);
-  for (int d = 0; d < p.dim; ++d)
-    for (int i = 0; i < filled; i += LANES) store(state.out + d * TILE + i, zero());
+  clear_columns(state.out, p.dim, filled);
 }
 
 // S^T, and its maximum over the keys for each query; plus the bias, if there is one, in which case
@@ -225,10 +224,8 @@ void finish_tile(const Attention& p, int64_t b, int64_t h, QueryState& state, Fo
                                 __builtin_log(sum));
     state.sum[i] = sum == 0 ? 0 : p.inverse_keep / sum;
   }
-  for (int d = 0; d < p.dim; ++d)
-    for (int i = 0; i < state.n; i += LANES)
-      store(state.out + d * TILE + i, mul(load(state.out + d * TILE + i), load(state.sum + i)));
-  store_columns(state.out, 1.0f, state.n, p.dim, s.rows, p.dtype, p.out.at(b, h, state.first),
+  const auto factor = [&](int row) FUSEDFORMER_LAMBDA { return state.sum[row]; };
+  store_columns(state.out, factor, state.n, p.dim, s.rows, p.dtype, p.out.at(b, h, state.first),
                 p.out.row);
 }
 

@@ -118,7 +118,7 @@ struct Call {
 
   Call(const Tensor& query_, const Tensor& key_, const Tensor& value_,
        const std::optional<Tensor>& mask, const std::optional<Tensor>& key_lengths,
-       const std::optional<Tensor>& seed, int64_t diagonal, double scale, int64_t threshold,
+       int64_t diagonal, double scale, const std::optional<Tensor>& seed, int64_t threshold,
        double inverse_keep, int64_t batch_offset, int64_t head_offset, int64_t query_offset,
        int64_t key_offset)
       : query(readable(query_)), key(readable(key_)), value(readable(value_)), p{} {
@@ -171,10 +171,10 @@ double work(const Attention& p) {
 
 std::tuple<Tensor, Tensor> attention_fwd(
     const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask,
-    std::optional<Tensor> key_lengths, std::optional<Tensor> seed, int64_t diagonal, double scale,
+    std::optional<Tensor> key_lengths, int64_t diagonal, double scale, std::optional<Tensor> seed,
     int64_t threshold, double inverse_keep, int64_t batch_offset, int64_t head_offset,
     int64_t query_offset, int64_t key_offset) {
-  Call call(query, key, value, mask, key_lengths, seed, diagonal, scale, threshold, inverse_keep,
+  Call call(query, key, value, mask, key_lengths, diagonal, scale, seed, threshold, inverse_keep,
             batch_offset, head_offset, query_offset, key_offset);
   Attention& p = call.p;
   const Tensor out = new_bhnd(query);
@@ -256,11 +256,11 @@ void run_mask_grad(const Attention& p, const AttentionGrads& g) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& out, const Tensor& lse,
-    const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask,
-    std::optional<Tensor> key_lengths, std::optional<Tensor> seed, int64_t diagonal, double scale,
-    int64_t threshold, double inverse_keep, int64_t batch_offset, int64_t head_offset,
-    int64_t query_offset, int64_t key_offset, bool mask_grad) {
-  Call call(query, key, value, mask, key_lengths, seed, diagonal, scale, threshold, inverse_keep,
+    bool mask_grad, const Tensor& query, const Tensor& key, const Tensor& value,
+    std::optional<Tensor> mask, std::optional<Tensor> key_lengths, int64_t diagonal, double scale,
+    std::optional<Tensor> seed, int64_t threshold, double inverse_keep, int64_t batch_offset,
+    int64_t head_offset, int64_t query_offset, int64_t key_offset) {
+  Call call(query, key, value, mask, key_lengths, diagonal, scale, seed, threshold, inverse_keep,
             batch_offset, head_offset, query_offset, key_offset);
   Attention& p = call.p;
   const Tensor readable_out = readable(out), readable_grad_out = readable(grad_out);
@@ -279,9 +279,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (dense_grad_lse) g.grad_lse = static_cast<const float*>(dense_grad_lse->const_data_ptr());
   run_backward(p, g);
 
-  const int64_t none[] = {0};
-  const Tensor grad_mask = mask && mask_grad ? torch::stable::new_empty(*mask, mask->sizes())
-                                             : torch::stable::new_empty(query, none);
+  const int64_t none[] = {0}, one[] = {1};
+  const Tensor grad_mask = mask && mask_grad
+                               ? torch::stable::new_empty(*mask, mask->sizes())
+                               : empty_strided(1, none, one, query.scalar_type());
   if (mask && mask_grad) {
     g.grad_mask = static_cast<char*>(grad_mask.mutable_data_ptr());
     for (int d = 0; d < 4; ++d) g.mask_sizes[d] = mask->size(d);
@@ -293,15 +294,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
 }  // namespace
 }  // namespace fusedformer
 
-#define FUSEDFORMER_ATTENTION_ARGUMENTS                                                     \
-  "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_lengths, Tensor? seed, " \
-  "int diagonal, float scale, int threshold, float inverse_keep, int batch_offset, "          \
-  "int head_offset, int query_offset, int key_offset"
+// Those after the scale are dropout's. A call without it leaves them out: each that is passed takes
+// as long as a hundred products.
+#define FUSEDFORMER_ATTENTION_ARGUMENTS                                                 \
+  "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_lengths, "         \
+  "int diagonal, float scale, Tensor? seed=None, int threshold=0, float inverse_keep=1, " \
+  "int batch_offset=0, int head_offset=0, int query_offset=0, int key_offset=0"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
   m.def("attention_fwd(" FUSEDFORMER_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor)");
   m.def("attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "
-        FUSEDFORMER_ATTENTION_ARGUMENTS ", bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+        "bool mask_grad, " FUSEDFORMER_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) {

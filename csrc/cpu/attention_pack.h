@@ -74,6 +74,11 @@ template <>
 struct Pack<Float32> {
   static int words(int dim) { return dim; }
 
+  // Whether rows are laid out as rows() would, whole vectors of words.
+  static bool laid_out(DType dtype, int dim) {
+    return dtype == DType::float32 && dim % LANES == 0;
+  }
+
   // Rows as words along D, for sums over D. Up to `stride` they are filled with zeros.
   static void rows(DType dtype, const char* from, ptrdiff_t from_stride, int n, int dim, float* to,
                    int stride) {
@@ -94,6 +99,7 @@ struct Pack<Float32> {
 template <>
 struct Pack<Bfloat16> {
   static int words(int dim) { return (dim + 1) / 2; }
+  static bool laid_out(DType, int dim) { return dim % (2 * LANES) == 0; }
 
   static void rows(DType, const char* from, ptrdiff_t from_stride, int n, int dim, float* to,
                    int stride) {
@@ -135,11 +141,18 @@ struct Pack<Bfloat16> {
 };
 #endif
 
-// to[w][n] = from[n][w] for n (a multiple of LANES) rows of `stride` (likewise) words; TILE columns.
-inline void columns_of(const float* from, int n, int stride, float* to) {
+// to[w][n] = from[n][w] for n rows of some words, both multiples of LANES; TILE columns.
+inline void columns_of(const float* from, ptrdiff_t stride, int n, int words, float* to) {
   for (int row = 0; row < n; row += LANES)
-    for (int w = 0; w < stride; w += LANES)
+    for (int w = 0; w < words; w += LANES)
       transpose(from + row * stride + w, stride, to + w * TILE + row, TILE);
+}
+
+// Zeros for the first n (a multiple of LANES) columns of (words, TILE). Not row by row, in which GCC
+// would see so many calls of memset.
+inline void clear_columns(float* to, int words, int n) {
+  for (int at = 0; at < n; at += LANES)
+    for (int w = 0; w < words; ++w) store(to + w * TILE + at, zero());
 }
 
 inline void flip_signs(float* words, int n, uint32_t signs) {
@@ -156,21 +169,29 @@ inline void flip_signs(float* words, int n, uint32_t signs) {
 template <class Math>
 void pack_columns(DType dtype, const char* from, ptrdiff_t from_stride, int n, int dim, float* rows,
                   float* to) {
-  const int stride = rounded_up(Pack<Math>::words(dim), LANES), filled = rounded_up(n, LANES);
-  Pack<Math>::rows(dtype, from, from_stride, n, dim, rows, stride);
-  __builtin_memset(rows + n * stride, 0, sizeof(float) * (filled - n) * stride);
-  columns_of(rows, filled, stride, to);
+  const int words = rounded_up(Pack<Math>::words(dim), LANES), filled = rounded_up(n, LANES);
+  int done = 0;
+  if (Pack<Math>::laid_out(dtype, dim) && from_stride % 4 == 0) {
+    done = n / LANES * LANES;
+    columns_of(reinterpret_cast<const float*>(from), from_stride / 4, done, words, to);
+  }
+  if (done == filled) return;
+  const int left = n - done;
+  Pack<Math>::rows(dtype, from + done * from_stride, from_stride, left, dim, rows, words);
+  __builtin_memset(rows + left * words, 0, sizeof(float) * (filled - n) * words);
+  columns_of(rows, words, filled - done, words, to + done);
 }
 
-// The opposite: n rows of a tensor from the columns of sums, (D, TILE), times a factor.
-inline void store_columns(const float* from, float factor, int n, int dim, float* rows,
-                          DType dtype, char* to, ptrdiff_t to_stride) {
+// The opposite: n rows of a tensor from the columns of sums, (D, TILE), times factor(row).
+template <class Factor>
+void store_columns(const float* from, Factor&& factor, int n, int dim, float* rows, DType dtype,
+                   char* to, ptrdiff_t to_stride) {
   const int stride = rounded_up(dim, LANES);
   for (int row = 0; row < n; row += LANES)
     for (int d = 0; d < dim; d += LANES)
       transpose(from + d * TILE + row, TILE, rows + row * stride + d, stride);
   for (int row = 0; row < n; ++row)
-    from_floats(dtype, rows + row * stride, factor, dim, to + row * to_stride);
+    from_floats(dtype, rows + row * stride, factor(row), dim, to + row * to_stride);
 }
 
 }  // namespace
