@@ -13,7 +13,6 @@ from fusedformer.kernels.checks import (
     check_dropout_p,
     check_floating,
     check_tensor,
-    distinct,
     shape,
 )
 from fusedformer.kernels.function import Function, run
@@ -50,14 +49,14 @@ def _bwd_fake(grad_out, x, bias, seed, activation, dropout_p, bias_grad, backend
     return x.new_empty(x.shape), bias.new_empty(bias.shape) if bias_grad else x.new_empty(0)
 
 
-dispatch.define(
+_call_fwd = dispatch.define(
     "bias_activation",
     "activation",
     f"bias_activation_fwd({_ARGS}, str backend) -> Tensor",
     _fwd,
     _fwd_fake,
 )
-dispatch.define(
+_call_bwd = dispatch.define(
     "bias_activation",
     "activation",
     f"bias_activation_bwd(Tensor grad_out, {_ARGS}, bool bias_grad, str backend) "
@@ -68,11 +67,11 @@ dispatch.define(
 
 
 class _BiasActivation(Function):
+    differentiable = 2
+
     @staticmethod
     def forward(x, bias, seed, activation, dropout_p, backend):
-        return torch.ops.fusedformer.bias_activation_fwd.default(
-            x, bias, seed, activation, dropout_p, backend
-        )
+        return _call_fwd(x, bias, seed, activation, dropout_p, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -88,7 +87,7 @@ class _BiasActivation(Function):
         if grad_out is None:
             return (None,) * 6
         bias_grad = ctx.needs_input_grad[1]
-        grad_x, grad_bias = torch.ops.fusedformer.bias_activation_bwd.default(
+        grad_x, grad_bias = _call_bwd(
             grad_out, *ctx.saved_tensors, *ctx.options, bias_grad, ctx.backend
         )
         return grad_x, grad_bias if bias_grad else None, None, None, None, None
@@ -152,5 +151,4 @@ def bias_activation(
     check_dropout_p(name, dropout_p)
     seed = rng.as_seed(name, seed, x.device) if dropout_p > 0 else None
     backend = dispatch.checked(name, backend)
-    x, bias = distinct(x, bias)
     return run(_BiasActivation, x, bias, seed, activation, float(dropout_p), backend)

@@ -13,12 +13,12 @@ from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
 from fusedformer.kernels.checks import (
+    alike,
     autocast,
     check_dropout_p,
     check_floating,
     check_tensor,
     checked_scale,
-    distinct,
     shape,
 )
 from fusedformer.kernels.function import Function, run
@@ -47,7 +47,7 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 def check_length_values(key_lengths: "Tensor | None", limit: int) -> None:
     """Raises ValueError, on a CPU, where a length is not from 0 to limit."""
     # On a GPU, reading values back would synchronise; the kernels clamp them instead.
-    if key_lengths is None or key_lengths.device.type != "cpu" or key_lengths.numel() == 0:
+    if key_lengths is None or not key_lengths.is_cpu or key_lengths.numel() == 0:
         return
     low, high = (int(bound) for bound in key_lengths.aminmax())
     if low < 0 or high > limit:
@@ -58,13 +58,13 @@ def check_length_values(key_lengths: "Tensor | None", limit: int) -> None:
 
 
 def _fwd(query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets, backend):
-    check_length_values(key_lengths, key.shape[2])
-    if query.numel() == 0 or key.shape[2] == 0:  # nothing to attend to
+    if key_lengths is not None:
+        check_length_values(key_lengths, key.shape[2])
+    if query.numel() == 0 or key.numel() == 0:  # nothing to attend to
         out = _new_bhnd(query).zero_()
         return out, query.new_full(query.shape[:3], -math.inf, dtype=_lse_dtype(query))
     if dropout_p == 1:  # all is dropped; only the LSE is left to compute
-        seed, dropout_p = None, 0.0
-        args = (query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets)
+        args = (query, key, value, mask, key_lengths, None, diagonal, scale, 0.0, offsets)
         out, lse = dispatch.pick("attention", backend, args).attention_fwd(*args)
         return out.zero_(), lse
     args = (query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets)
@@ -80,7 +80,7 @@ def _bwd(
     query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets,
     mask_grad, backend,
 ):  # fmt: skip
-    if query.numel() == 0 or key.shape[2] == 0:
+    if query.numel() == 0 or key.numel() == 0:
         grads = [_new_bhnd(tensor).zero_() for tensor in (query, key, value)]
         return (*grads, mask.new_zeros(mask.shape) if mask_grad else query.new_empty(0))
     if dropout_p == 1:
@@ -90,8 +90,8 @@ def _bwd(
         grad_lse = grad_lse.masked_fill(lse == -math.inf, 0)
     args = (query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets)
     module = dispatch.pick("attention", backend, args)
-    *grads, grad_mask = module.attention_bwd(grad_out, grad_lse, out, lse, *args, mask_grad)
-    return (*grads, query.new_empty(0) if grad_mask is None else grad_mask)
+    grads = module.attention_bwd(grad_out, grad_lse, out, lse, *args, mask_grad)
+    return (*grads[:3], query.new_empty(0)) if grads[3] is None else grads
 
 
 def _bwd_fake(grad_out, grad_lse, out, lse, query, key, value, mask, *args):
@@ -100,14 +100,14 @@ def _bwd_fake(grad_out, grad_lse, out, lse, query, key, value, mask, *args):
     return (*grads, mask.new_empty(mask.shape) if mask_grad else query.new_empty(0))
 
 
-dispatch.define(
+_call_fwd = dispatch.define(
     "attention",
     "attention",
     f"attention_fwd({_ARGS}, str backend) -> (Tensor, Tensor)",
     _fwd,
     _fwd_fake,
 )
-dispatch.define(
+_call_bwd = dispatch.define(
     "attention",
     "attention",
     f"attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_ARGS}, "
@@ -118,12 +118,14 @@ dispatch.define(
 
 
 class _Attention(Function):
+    differentiable = 4
+
     # Parameters by name: Dynamo cannot trace forward(*args) where nothing requires a gradient.
     @staticmethod
     def forward(
         query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets, backend
     ):  # fmt: skip
-        return torch.ops.fusedformer.attention_fwd.default(
+        return _call_fwd(
             query, key, value, mask, key_lengths, seed, diagonal, scale, dropout_p, offsets, backend
         )
 
@@ -143,7 +145,7 @@ class _Attention(Function):
             grad_out = out.new_zeros(()).expand(out.shape)
         *options, backend = ctx.options
         mask_grad = ctx.needs_input_grad[3]
-        *grads, grad_mask = torch.ops.fusedformer.attention_bwd.default(
+        *grads, grad_mask = _call_bwd(
             grad_out, grad_lse, out, lse, *args, *options, mask_grad, backend
         )
         return (*grads, grad_mask if mask_grad else None, *(None,) * 7)
@@ -154,29 +156,33 @@ class _Attention(Function):
 
 def check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raises unless query, key and value are as attention() asks."""
-    for label, tensor in (("query", query), ("key", key), ("value", value)):
-        check_floating(name, label, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: {label} must be (B, H, N, D); got {shape(tensor)}")
-        check_tensor(name, label, tensor, like=query, like_label="query")
-    batch, heads, _, dim = query.shape
+    if not alike(query, key, value):
+        for label, tensor in (("query", query), ("key", key), ("value", value)):
+            check_floating(name, label, tensor)
+            check_tensor(name, label, tensor, like=query, like_label="query")
+    sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
+    for label, got in (("query", sizes), ("key", key_sizes), ("value", value_sizes)):
+        if len(got) != 4:
+            raise ValueError(f"{name}: {label} must be (B, H, N, D); got {tuple(got)}")
+    batch, heads, _, dim = sizes
     if not 1 <= dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: head dimension must be 1 to {MAX_HEAD_DIM}; query has {dim}")
-    for label, tensor in (("key", key), ("value", value)):
-        if tensor.shape[0] != batch or tensor.shape[3] != dim:
+    for label, got in (("key", key_sizes), ("value", value_sizes)):
+        if got[0] != batch or got[3] != dim:
             raise ValueError(
                 f"{name}: {label} must have the batch size {batch} and the head dimension {dim} "
-                f"of query; got {shape(tensor)}"
+                f"of query; got {tuple(got)}"
             )
-    if value.shape[1:3] != key.shape[1:3]:
+    if value_sizes != key_sizes:
         raise ValueError(
-            f"{name}: value must have the heads and the length of key, {shape(key)}; "
-            f"got {shape(value)}"
+            f"{name}: value must have the heads and the length of key, {tuple(key_sizes)}; "
+            f"got {tuple(value_sizes)}"
         )
-    if heads and (key.shape[1] == 0 or heads % key.shape[1]):
+    key_heads = key_sizes[1]
+    if heads and (key_heads == 0 or heads % key_heads):
         raise ValueError(
             f"{name}: the heads of query ({heads}) must be a multiple of those of key and value; "
-            f"got {key.shape[1]}"
+            f"got {key_heads}"
         )
 
 
@@ -249,18 +255,18 @@ def checked_attention(
     if key_lengths is not None:
         key_lengths = checked_lengths(name, key_lengths, query, key.shape[2])
     scale = query.shape[3] ** -0.5 if scale is None else checked_scale(name, scale)
-    rng.check_seed(name, seed, query.device)
+    if seed is not None:
+        rng.check_seed(name, seed, query.device)
     if dropout_p > 0:
         rng.check_positions(name, (*query.shape[:3], key.shape[2]), positions)
         seed = rng.as_seed(name, seed, query.device)
     else:
         seed = None
-    tensors = (query, key, value, mask)
-    options = (
-        key_lengths, seed, diagonal, scale, float(dropout_p), positions,
+    return run(
+        _Attention,
+        query, key, value, mask, key_lengths, seed, diagonal, scale, float(dropout_p), positions,
         dispatch.checked(name, backend),
     )  # fmt: skip
-    return run(_Attention, *distinct(*tensors), *options)
 
 
 def attention(

@@ -14,6 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_unary
+
+from fusedformer.kernels.checks import device_type
 
 # Where each backend keeps an op: "{file}" is the op's file name, the same in every folder.
 BACKENDS = {
@@ -43,10 +47,19 @@ PREFERENCE = {
 
 AUTOMATIC = ""
 
+# Private, but what torch's own Python asks; where they are no more, something may always look on.
+transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+# Classes of arguments that are what they seem.
+_PLAIN = frozenset(
+    (Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, list)
+)
+
 _default = AUTOMATIC
 _modules: dict[tuple[str, str], ModuleType | None] = {}
 _failures: dict[tuple[str, str], str] = {}
-_questions: dict[tuple[str, str, str], tuple[ModuleType, Callable[..., "str | None"]]] = {}
+_questions: dict[tuple[str, str, bool], tuple[ModuleType, Callable[..., "str | None"]]] = {}
 _warned: set[str] = set()
 _library = torch.library.Library("fusedformer", "DEF")
 
@@ -81,18 +94,48 @@ def checked(op: str, backend: "str | None") -> str:
     return backend
 
 
-def define(op: str, file: str, schema: str, impl: Callable[..., Any], fake: Callable) -> None:
+def unobserved(args: tuple) -> bool:
+    """Whether calling an op with these arguments is no more than computing it, on the CPU.
+
+    Not so where something else would see the call, and perhaps take it over: compilers, transforms,
+    modes, tensors of other classes. On a GPU a kernel reads memory as it lies, so there the op has
+    to resolve lazy negations first; on a CPU the backends call ops themselves.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, args))
+        and args[0].is_cpu
+        and not has_torch_function_unary(args[0])  # modes: no class here has one
+        and not _dispatch_modes()
+        and not transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def define(
+    op: str, file: str, schema: str, impl: Callable[..., Any], fake: Callable
+) -> Callable[..., Any]:
     """register() of what is part of ``op``, whose file is ``file``; impl chooses by pick()."""
     OPS[op] = file
-    register(schema, impl, fake)
+    return register(schema, impl, fake)
 
 
-def register(schema: str, impl: Callable[..., Any], fake: Callable) -> None:
-    """Makes ``torch.ops.fusedformer.<name of schema>``; impl serves every device, fake shapes."""
+def register(schema: str, impl: Callable[..., Any], fake: Callable) -> Callable[..., Any]:
+    """Makes ``torch.ops.fusedformer.<name of schema>``; impl serves every device, fake shapes.
+
+    Returns:
+        What calls the op, by the shortest way.
+    """
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedformer::{name}", fake, lib=_library)
+    registered = getattr(torch.ops.fusedformer, name).default
+
+    def call(*args: Any) -> Any:
+        return impl(*args) if unobserved(args) else registered(*args)
+
+    return call
 
 
 def load(backend: str, op: str) -> "ModuleType | None":
@@ -113,8 +156,11 @@ def failure(backend: str, op: str) -> "str | None":
     return _failures.get((backend, op))
 
 
-def _able(backend: str, op: str, question: str, *args: Any) -> "tuple[ModuleType | None, str]":
-    asked = _questions.get((backend, op, question))
+def _able(
+    backend: str, op: str, *args: Any, device: bool = False
+) -> "tuple[ModuleType | None, str]":
+    """The module, if it takes a call with these args (with ``device``: that device); or why not."""
+    asked = _questions.get((backend, op, device))
     if asked is None:
         module = load(backend, op)
         if module is None:
@@ -123,7 +169,8 @@ def _able(backend: str, op: str, question: str, *args: Any) -> "tuple[ModuleType
         # linear_cross_entropy has no kernels but those of its file's op.
         if not any(hasattr(module, f"{name}_unsupported") for name in (op, OPS[op])):
             return None, "it does not have this op yet"
-        asked = _questions[backend, op, question] = module, getattr(module, question)
+        question = "unsupported_device" if device else f"{op}_unsupported"
+        asked = _questions[backend, op, device] = module, getattr(module, question)
     module, unsupported = asked
     reason = unsupported(*args)
     return (module, "") if reason is None else (None, reason)
@@ -135,7 +182,7 @@ def available_backends(op: str = "attention", device: str = "cpu") -> "dict[str,
     if op not in OPS:
         raise ValueError(f"available_backends: op must be one of {', '.join(OPS)}; got {op!r}")
     where = torch.device(device)
-    return {name: _able(name, op, "unsupported_device", where)[1] or None for name in BACKENDS}
+    return {name: _able(name, op, where, device=True)[1] or None for name in BACKENDS}
 
 
 def pick(op: str, backend: str, args: tuple) -> ModuleType:
@@ -145,14 +192,14 @@ def pick(op: str, backend: str, args: tuple) -> ModuleType:
         RuntimeError: the backend named explicitly cannot run; the message says why.
     """
     if backend:
-        module, reason = _able(backend, op, f"{op}_unsupported", *args)
+        module, reason = _able(backend, op, *args)
         if module is None:
             raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
         return module
-    device = args[0].device.type
+    device = device_type(args[0])
     reasons = []
     for name in PREFERENCE.get(device, ("reference",)):
-        module, reason = _able(name, op, f"{op}_unsupported", *args)
+        module, reason = _able(name, op, *args)
         if module is not None:
             break
         reasons.append(f"{name}: {reason}")
@@ -177,7 +224,7 @@ def why_not_fused(op: str, device: torch.device, dtype: torch.dtype) -> "str | N
     reasons = []
     for name in PREFERENCE.get(device.type, ()):
         if name != "reference":
-            module, reason = _able(name, op, "unsupported_device", device)
+            module, reason = _able(name, op, device, device=True)
             if module is not None:
                 return None
             reasons.append(f"{name}: {reason}")

@@ -3,7 +3,6 @@
 Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (2014).
 """
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -34,17 +33,21 @@ def _fake(tensor, seed, p, backend):
 
 
 _ARGS = "Tensor seed, float p, str backend"
-dispatch.define("dropout", "dropout", f"dropout_fwd(Tensor x, {_ARGS}) -> Tensor", _fwd, _fake)
-dispatch.define(
+_call_fwd = dispatch.define(
+    "dropout", "dropout", f"dropout_fwd(Tensor x, {_ARGS}) -> Tensor", _fwd, _fake
+)
+_call_bwd = dispatch.define(
     "dropout", "dropout", f"dropout_bwd(Tensor grad_out, {_ARGS}) -> Tensor", _bwd, _fake
 )
 
 
 class _Dropout(Function):
+    differentiable = 1
+
     # Named one by one: where nothing needs a gradient, Dynamo cannot trace a forward(*args).
     @staticmethod
     def forward(x, seed, p, backend):
-        return torch.ops.fusedformer.dropout_fwd.default(x, seed, p, backend)
+        return _call_fwd(x, seed, p, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -58,7 +61,7 @@ class _Dropout(Function):
         if grad_out is None:
             return (None,) * 4
         (seed,) = ctx.saved_tensors
-        grad_x = torch.ops.fusedformer.dropout_bwd.default(grad_out, seed, *ctx.options)
+        grad_x = _call_bwd(grad_out, seed, *ctx.options)
         return grad_x, None, None, None
 
 

@@ -109,7 +109,7 @@ _RULES = {
 
 
 @torch.compiler.disable(reason="fusedformer's ops on DTensors run between compiled graphs")
-def run(function: type[torch.autograd.Function], args: tuple) -> Any:
+def run(function: type[plain.Function], args: tuple) -> Any:
     """``function`` of args, the first of which is a DTensor; see the top of this file.
 
     Raises:

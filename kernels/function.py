@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Private, but what Function.apply() itself asks; where torch has it no more, the long way is taken.
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+from fusedformer.kernels import dispatch
 
 
 class Function(torch.autograd.Function):
     """What the Functions of all ops share."""
+
+    differentiable: int  # how many arguments, the first ones, may get a gradient
 
     # vmap maps forward and backward, which call ops that have no batching rule: these are then
     # called once for each sample. Right, whatever is batched, if not fast.
     generate_vmap_rule = True
 
 
-def run(function: type[torch.autograd.Function], *args: Any) -> Any:
+def run(function: type[Function], *args: Any) -> Any:
     """``function.apply(*args)``, all arguments by position.
 
     Function.apply() binds its arguments to the signature of forward() for the sake of defaults,
@@ -32,7 +33,7 @@ def run(function: type[torch.autograd.Function], *args: Any) -> Any:
 
         return dtensor.run(function, args)
     if torch.compiler.is_compiling():
-        return function.apply(*args)
+        return function.apply(*_distinct(args))
     if forward_ad._current_level >= 0:
         # Past apply() a tangent would be lost without a word. A jvp() that raises would say why in
         # the first place, but Dynamo does not trace a Function that has one.
@@ -44,9 +45,20 @@ def run(function: type[torch.autograd.Function], *args: Any) -> Any:
                 "torch.autograd.forward_ad): use reverse mode (torch.func.vjp, jacrev), or "
                 "PyTorch's own function"
             ) from None
-    if _transforms_active():
+    if dispatch.transforms_active():
         return function.apply(*args)
-    # What lies beneath Function.apply() has no types.
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    if torch.is_grad_enabled():
+        for tensor in args[: function.differentiable]:
+            if tensor is not None and tensor.requires_grad:
+                # What lies beneath Function.apply() has no types.
+                return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     return function.forward(*args)
+
+
+def _distinct(args: tuple) -> list[Any]:
+    """The arguments, a repeated tensor as a view: Dynamo takes none twice into a Function."""
+    seen: list[Any] = []
+    for arg in args:
+        again = isinstance(arg, Tensor) and any(arg is other for other in seen)
+        seen.append(arg.view_as(arg) if again else arg)
+    return seen

@@ -10,10 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
 from fusedformer.kernels.checks import (
+    alike,
     check_dropout_p,
     check_floating,
     check_tensor,
-    distinct,
     is_number,
     shape,
 )
@@ -111,7 +111,7 @@ def _bwd(
     )
 
 
-dispatch.define(
+_call_fwd = dispatch.define(
     OP,
     "layer_norm",
     "dropout_add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
@@ -120,7 +120,7 @@ dispatch.define(
     _fwd,
     _fwd_fake,
 )
-dispatch.define(
+_call_bwd = dispatch.define(
     OP,
     "layer_norm",
     "dropout_add_layer_norm_bwd(Tensor grad_y, Tensor? grad_z, Tensor source, Tensor? residual, "
@@ -133,12 +133,14 @@ dispatch.define(
 
 
 class _DropoutAddLayerNorm(Function):
+    differentiable = 4
+
     # Named one by one: where nothing needs a gradient, Dynamo cannot trace a forward(*args).
     @staticmethod
     def forward(
         x, residual, weight, bias, seed, dropout_p, eps, is_rms_norm, prenorm, z_dtype, backend
     ):  # fmt: skip
-        return torch.ops.fusedformer.dropout_add_layer_norm_fwd.default(
+        return _call_fwd(
             x, residual, weight, bias, seed, dropout_p, eps, is_rms_norm, prenorm, z_dtype, backend
         )
 
@@ -175,7 +177,7 @@ class _DropoutAddLayerNorm(Function):
             ctx.needs_input_grad[2],
             ctx.needs_input_grad[3],
         ]
-        grads = torch.ops.fusedformer.dropout_add_layer_norm_bwd.default(
+        grads = _call_bwd(
             grad_y, grad_z, *saved, *ctx.options, *wanted, ctx.backend
         )
         found = [grad if want else None for grad, want in zip(grads[1:], wanted, strict=True)]
@@ -194,12 +196,14 @@ def _check(name: str, x: Tensor, eps: float, **others: "Tensor | None") -> None:
     for label, tensor in others.items():
         if tensor is None:
             continue
-        check_floating(name, label, tensor)
-        check_tensor(name, label, tensor, like=x, like_label="x", same_dtype=False)
-        if torch.float64 in (x.dtype, tensor.dtype) and x.dtype != tensor.dtype:
-            raise TypeError(
-                f"{name}: float64 goes with float64 only; x is {x.dtype}, {label} {tensor.dtype}"
-            )
+        if not alike(x, tensor):
+            check_floating(name, label, tensor)
+            check_tensor(name, label, tensor, like=x, like_label="x", same_dtype=False)
+            if torch.float64 in (x.dtype, tensor.dtype) and x.dtype != tensor.dtype:
+                raise TypeError(
+                    f"{name}: float64 goes with float64 only; x is {x.dtype}, "
+                    f"{label} {tensor.dtype}"
+                )
         wanted = x.shape if label == "residual" else x.shape[-1:]
         if tensor.shape != wanted:
             raise ValueError(
@@ -264,15 +268,14 @@ def dropout_add_layer_norm(
         z_dtype = _stats_dtype(x)
     y, z, _, _ = run(
         _DropoutAddLayerNorm,
-        *distinct(x, residual, weight, bias), seed, float(dropout_p), float(eps), is_rms_norm,
-        prenorm, z_dtype, dispatch.checked(OP, backend),
+        x, residual, weight, bias, seed, float(dropout_p), float(eps), is_rms_norm, prenorm,
+        z_dtype, dispatch.checked(OP, backend),
     )  # fmt: skip
     return (y, z) if prenorm else y
 
 
 def _norm(name, x, weight, bias, eps, is_rms_norm, backend):
     _check(name, x, eps, weight=weight, bias=bias)
-    x, weight, bias = distinct(x, weight, bias)
     return run(
         _DropoutAddLayerNorm,
         x, None, weight, bias, None, 0.0, float(eps), is_rms_norm, False, x.dtype,

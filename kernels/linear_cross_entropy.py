@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch
-from fusedformer.kernels.checks import autocast, check_floating, check_tensor, distinct, shape
+from fusedformer.kernels.checks import autocast, check_floating, check_tensor, shape
 from fusedformer.kernels.cross_entropy import (
     check_loss_options,
     check_target_values,
@@ -194,7 +194,7 @@ def _scaled_fake(grad, scale, dtype):
 
 
 _OP = "linear_cross_entropy"
-dispatch.define(
+_call_fwd = dispatch.define(
     _OP,
     "cross_entropy",
     f"linear_cross_entropy_fwd({_ARGS}, str backend) "
@@ -202,7 +202,7 @@ dispatch.define(
     _fwd,
     _fwd_fake,
 )
-dispatch.define(
+_call_bwd = dispatch.define(
     _OP,
     "cross_entropy",
     f"linear_cross_entropy_bwd(Tensor grad_losses, Tensor lse, {_ARGS}, str backend) "
@@ -210,7 +210,7 @@ dispatch.define(
     _bwd,
     _bwd_fake,
 )
-dispatch.define(
+_call_scaled = dispatch.define(
     _OP,
     "cross_entropy",
     "linear_cross_entropy_scaled(Tensor grad, Tensor scale, ScalarType dtype) -> Tensor",
@@ -222,13 +222,15 @@ dispatch.define(
 class _LinearCrossEntropy(Function):
     """The loss, then what the backward needs: divisor, LSE and the gradients of the sum."""
 
+    differentiable = 3
+
     @staticmethod
     def forward(
         input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing,
         reduction, wanted, backend,
     ):  # fmt: skip
         in_forward = [False] * 3 if reduction == "none" else wanted
-        losses, row_weights, *rest = torch.ops.fusedformer.linear_cross_entropy_fwd.default(
+        losses, row_weights, *rest = _call_fwd(
             input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing,
             in_forward, backend,
         )  # fmt: skip
@@ -257,7 +259,7 @@ class _LinearCrossEntropy(Function):
             return (None,) * 10
         if ctx.reduction == "none":
             lse, *tensors = ctx.saved_tensors
-            grads = torch.ops.fusedformer.linear_cross_entropy_bwd.default(
+            grads = _call_bwd(
                 grad_loss, lse, *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.wanted,
                 ctx.backend,
             )  # fmt: skip
@@ -265,8 +267,7 @@ class _LinearCrossEntropy(Function):
             divisor, *grads = ctx.saved_tensors
             # Where every target is ignored, the loss is 0 / 0, but no gradient is.
             scale = torch.where(divisor == 0, 0.0, grad_loss / divisor)
-            scaled = torch.ops.fusedformer.linear_cross_entropy_scaled.default
-            grads = [scaled(grad, scale, ctx.dtype) for grad in grads]
+            grads = [_call_scaled(grad, scale, ctx.dtype) for grad in grads]
         given = (grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True))
         return (*given, *(None,) * 7)
 
@@ -344,7 +345,7 @@ def linear_cross_entropy(
             f"{name}: target must be {tuple(input.shape[:-1])} for an input of {shape(input)}; "
             f"got {shape(target)}"
         )
-    *trained, target, weight = distinct(input, linear_weight, linear_bias, target, weight)
+    trained = input, linear_weight, linear_bias
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
     loss, *_ = run(
         _LinearCrossEntropy,

@@ -53,9 +53,10 @@ def scaled_dot_product_attention(
     scale = dim**-0.5 if scale is None else scale
     if attn_mask is not None:
         attn_mask = _mask_as_4d(name, attn_mask, query, key)
-    # (B, N, D) without groups is B independent problems, not B heads of one.
-    single = query.dim() == 3 and key.shape[0] == query.shape[0]
-    query, key, value = (t[:, None] if single else _as_4d(t) for t in (query, key, value))
+    if query.dim() != 4:
+        # (B, N, D) without groups is B independent problems, not B heads of one.
+        single = query.dim() == 3 and key.shape[0] == query.shape[0]
+        query, key, value = (t[:, None] if single else _as_4d(t) for t in (query, key, value))
     if value_dim != dim:
         # Zero columns change neither the scores nor, cut off again, the output.
         wide = max(dim, value_dim)

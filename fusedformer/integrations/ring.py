@@ -198,6 +198,8 @@ flops.register()
 
 
 class _RingAttention(Function):
+    differentiable = 2
+
     @staticmethod
     def forward(
         query, pair, lengths, seed, scale, dropout_p, causal, zigzag, group, backend

@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(384, 1)
   const int group = warp_index() / 4 - 1, thread = thread_index() % 128;
   float acc[N / 2];
   uint32_t a[kStep / 16][4] = {};
-  // Not 0 where the first product is to overwrite it.
-  for (int i = 0; i < N / 2; ++i) acc[i] = kRegistersA ? 0 : 7;
+  for (int i = 0; i < N / 2; ++i) acc[i] = 0;
   for (int i = 0; i < steps; ++i) {
     const int at = i % kStages;
     if (mistake != kNoWaitForLoad) mbarrier_wait(&s.full[at], i / kStages % 2);
