@@ -47,6 +47,13 @@ def unsupported_device(device: torch.device) -> "str | None":
             f"Triton kernels need a CUDA GPU (or TRITON_INTERPRET=1, set before fusedformer is "
             f"imported); the tensors are on {device.type}"
         )
+    if device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _unsupported_gpu(device)
+
+
+@functools.cache
+def _unsupported_gpu(device: torch.device) -> "str | None":
     if torch.version.hip is not None:
         return "Triton kernels here are written and checked for NVIDIA GPUs; this is ROCm"
     if not torch.cuda.is_available():
@@ -92,9 +99,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
         return
-    device = args[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    first = args[0]
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
             kernel[grid](*args, **options)
     else:
         kernel[grid](*args, **options)
