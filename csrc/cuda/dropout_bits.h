@@ -7,8 +7,8 @@
 namespace fusedformer {
 namespace hopper {
 
-// The bits of two lanes for one 16 x 16 block: bits 0 to 7 for the lane of the even row, 8 to 15 for
-// that of the odd row. One call of Philox decides just these: its two rows are lanes 8 m + n and
+// The bits of two lanes for one 16 x 16 block: bits 0 to 7 for the lane of the even row, 8 to 15
+// for that of the odd row. One call of Philox decides just these: its two rows are lanes 8 m + n and
 // 8 m + n + 4 (rows 2 m and 2 m + 1, columns 2 n and 2 n + 1, and each 8 further on).
 template <bool kTransposed>
 FUSEDFORMER_HOST_DEVICE uint32_t dropout_pair(uint64_t seed, uint32_t threshold, uint32_t batch,

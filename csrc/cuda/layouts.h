@@ -2,8 +2,8 @@
 // descriptors, dropout's bits. Index arithmetic alone, for host and device, and tested on a host.
 //
 // Sources: the PTX ISA, on wgmma's register fragments, matrix descriptors and swizzle modes. A test
-// compares tiles, boxes of TMA, fragments and descriptors, of plain and of transposed operands, with
-// the PTX that Triton has for the same products.
+// compares tiles, boxes of TMA, fragments and descriptors, of plain and of transposed operands,
+// with the PTX that Triton has for the same products.
 #pragma once
 
 #include <stdint.h>
