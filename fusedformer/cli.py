@@ -25,7 +25,7 @@ COMMANDS = {
     "gpu": ("fusedformer.benchmarks.gpu", "collect what only a GPU can show, in one file"),
     "profile": ("fusedformer.benchmarks.profile", "measure how an op's cost grows with its sizes"),
     "score": ("fusedformer.use.score", "say how likely a model holds a text to be"),
-    "train": ("fusedformer.train", "train a model: translation, text, masked words, images, classes"),
+    "train": ("fusedformer.train", "train a model: translation, text, masked words, classes"),
     "translate": ("fusedformer.use.translate", "translate sentences"),
 }
 
