@@ -118,21 +118,30 @@ def test_every_option_at_once(library):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [8, 64, 80, 96, 104, 128])
-def test_dimensions(library, dim, dtype, p):
-    check(library, {**RICH, "dim": dim, "dtype": dtype, "p": p}, seed=dim)
+@pytest.mark.parametrize("dim", [8, 64, 80, 96, 104, 128, 136, 192, 256])
+def test_dimensions(library, dim, p):
+    dtype = torch.bfloat16 if (dim == 64) == bool(p) else torch.float16
+    check(library, {**RICH, "batch": 1, "dim": dim, "dtype": dtype, "p": p}, seed=dim)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("queries", "keys"), [(1, 1), (1, 129), (127, 64), (129, 65), (193, 257), (257, 127)]
+    ("queries", "keys", "dim"),
+    [(1, 1, 64), (1, 129, 128), (127, 64, 192), (129, 65, 64), (193, 257, 128), (65, 63, 256)],
 )
-def test_ragged_ends(library, queries, keys, causal):
-    for dim in (64, 128):
-        case = {**PLAIN, "queries": queries, "keys": keys, "causal": causal, "dim": dim}
-        check(library, case, seed=queries)
+def test_ragged_ends(library, queries, keys, dim, causal):
+    case = {**PLAIN, "queries": queries, "keys": keys, "causal": causal, "dim": dim}
+    check(library, case, seed=queries)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_any_order_of_events(library, dim):
+    """Four tiles of queries for one block of keys: what a missing barrier or buffer would spoil."""
+    case = {**PLAIN, "queries": 400 if dim == 64 else 200, "keys": 64, "dim": dim}
+    for seed in range(6):
+        check(library, case, seed=seed)
 
 
 @pytest.mark.slow
@@ -165,18 +174,17 @@ def test_rows_without_keys_and_lengths_of_nothing(library):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("dim", "causal"), [(64, False), (64, True), (256, False)])
 def test_deterministic(library, dim, causal):
     """With turns equal bits whatever comes first. Without them dQ may have others: its sums are of
     three blocks of keys, and their order shows. One CTA sums dK and dV, in a fixed order."""
-    case = {**PLAIN, "queries": 200, "keys": 300, "causal": causal, "heads": (2, 1), "dim": dim}
+    case = {**PLAIN, "queries": 150, "keys": 300, "causal": causal, "heads": (2, 1), "dim": dim}
     case["dtype"] = torch.float16  # less of a sum's last bits is rounded away
     first = check(library, case, turns=True)
-    for seed in range(1, 5):
+    for seed in range(1, 4):
         again, _ = run(library, case, turns=True, seed=seed, resident=seed)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    free = [run(library, case, seed=seed, resident=3)[0] for seed in range(4)]
+    free = [run(library, case, seed=seed, resident=3)[0] for seed in range(3)]
     assert causal or any(not torch.equal(first[0], other[0]) for other in free)
     assert all(torch.equal(first[i], other[i]) for other in free for i in (1, 2))
 
