@@ -79,7 +79,7 @@ def check_dropout_p(op: str, p: object, name: str = "dropout_p") -> None:
         TypeError: not a number.
         ValueError: below 0, above 1 or NaN.
     """
-    if not is_number(p):
+    if type(p) is not float and not is_number(p):
         raise TypeError(f"{op}: {name} must be a number from 0 to 1; got {p!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: {name} must be from 0 to 1; got {p}")
