@@ -76,7 +76,7 @@ def check_pairs(case: dict, device: str = "cpu", backends: tuple = BACKENDS) -> 
 
 
 # Triton's interpreter takes a time like the number of tiles. The covering set is whole only with
-# the slow part, whose tiles there are at least 64 by 64: the lengths are chosen around them.
+# the slow part, whose tiles there are at least 64 by 128: the lengths are chosen around them.
 def _scores(case: dict) -> int:
     return case["batch"] * case["heads"][0] * case["queries"] * case["keys"]
 
@@ -96,17 +96,17 @@ def _large_tiles(monkeypatch):
         return
     from fusedformer.kernels.triton import attention as backend
 
-    def at_least_64(config):
+    def larger(config):
         def enlarged(*args):
             found = config(*args)
-            m, n = max(64, found.block_m), max(64, found.block_n)
+            m, n = max(64, found.block_m), max(128, found.block_n)
             return dataclasses.replace(found, block_m=m, block_n=n)
 
         return enlarged
 
     for name in ("forward", "key_value_grads", "query_grads", "mask_grad"):
         config = getattr(backend, f"{name}_config")
-        monkeypatch.setattr(backend, f"{name}_config", at_least_64(config))
+        monkeypatch.setattr(backend, f"{name}_config", larger(config))
 
 
 @pytest.mark.slow
