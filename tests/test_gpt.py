@@ -158,11 +158,13 @@ def test_learns_to_copy(rotary):
         letters = torch.randint(8, (rows, 6))
         return torch.cat((letters, torch.full((rows, 1), 8), letters), 1)
 
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    for _ in range(600):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
+    for _ in range(400):
         optimizer.zero_grad()
         net.loss(batch(64)).backward()
         optimizer.step()
+        schedule.step()
     held_out = batch(500)
     guesses = net.eval()(held_out[:, :-1]).argmax(-1)
     assert torch.equal(guesses[:, 6:], held_out[:, 7:])

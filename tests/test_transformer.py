@@ -136,9 +136,7 @@ def test_errors_of_the_configuration():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "prenorm"), [("copy", False), ("reverse", False), ("reverse", True)]
-)
+@pytest.mark.parametrize(("task", "prenorm"), [("copy", True), ("reverse", False)])
 def test_learns(task, prenorm):
     """Rows of unequal lengths; held-out rows come out right, every one, one token at a time."""
     torch.manual_seed(0)
@@ -158,11 +156,14 @@ def test_learns(task, prenorm):
         target.scatter_(1, lengths[:, None] + 1, end)
         return source, target, lengths, lengths + 2
 
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    for _ in range(500):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    steps = 400 if task == "copy" else 700
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
         optimizer.zero_grad()
         net.loss(*batch(64), label_smoothing=0.1).backward()
         optimizer.step()
+        schedule.step()
     net.eval()
     source, target, lengths, target_lengths = batch(300)
     with torch.no_grad():
