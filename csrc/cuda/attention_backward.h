@@ -1,7 +1,7 @@
 // Attention's backward on Hopper: the kernels. FlashAttention-2 (Dao 2023), algorithm 2, in the
 // structure of FlashAttention-3 (Shah et al. 2024) and with dropout.
 //
-//   prepare_rows          for each query: LSE, and shift = rowsum(dO o O) - dLSE; clears the sums of dQ
+//   prepare_rows          for each query LSE and shift = rowsum(dO o O) - dLSE; clears sums of dQ
 //   attention_grads       one CTA for each block of keys: dK and dV, and what it adds to dQ
 //   convert_grad_query    dQ from fp32 sums to the tensor
 //
@@ -11,12 +11,13 @@
 //   dP^T = V dO^T          dS^T = P^T o (M o dP^T - shift)
 //   dV = (P o M)^T dO      dK = scale dS^T Q      dQ = scale dS K
 //
-// Transposed, because P^T and dS^T then come out of the tensor cores with the rows that dV and dK ask
-// for: they stay in registers, as left operands of these products. Only dQ, which sums over keys and
-// so over both warpgroups, needs dS in shared memory.
+// Transposed, because P^T and dS^T then come out of the tensor cores with the rows that dV and dK
+// ask for: up to D = 128 they stay in registers, as left operands of these products. Only dQ, which
+// sums over keys and so over both warpgroups, needs dS in shared memory.
 //
 // Warps of a CTA: warp 0 loads tiles (TMA), warp 1 sends dQ away, warps 2 and 3 make dropout bits;
-// two warpgroups of "consumers" do the rest, each for 64 keys.
+// two warpgroups of "consumers" do the rest (attention_backward_sums.h). How these share the work is
+// in attention_backward_plan.h.
 #pragma once
 
 #include <math.h>
@@ -74,7 +75,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
       shift[row] = empty ? 0 : g.grad_lse ? sum - g.grad_lse[at] : sum;
     }
   }
-  Float4* const sums = reinterpret_cast<Float4*>(w.grad_query + static_cast<int64_t>(block_index()) * kFloats);
+  Float4* const sums = reinterpret_cast<Float4*>(w.grad_query) +
+                       static_cast<int64_t>(block_index()) * (kFloats / 4);
   for (int i = thread_index(); i < kFloats / 4; i += kPrepareThreads) sums[i] = Float4{};
   if (w.turns && thread_index() == 0) {
     w.turns[block_index()] = 0;
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
 }
 
-// ---- Warp 0, one thread: loads -------------------------------------------------------------------
+// ---- Warp 0, one thread: loads ------------------------------------------------------------------
 
 template <typename Element, typename Tile>
 __device__ __forceinline__ void load_tiles(const Attention& p, const BackwardMaps& maps,
@@ -112,10 +114,10 @@ __device__ __forceinline__ void load_tiles(const Attention& p, const BackwardMap
   }
 }
 
-// ---- Warp 1, one thread: dQ ----------------------------------------------------------------------
+// ---- Warp 1, one thread: dQ ---------------------------------------------------------------------
 
-// Adds the parts of dQ that the consumers have staged to the workspace. Many CTAs add to one tile, in
-// any order, unless they take turns.
+// Adds the parts of dQ that the consumers have staged to the workspace. Many CTAs add to one tile,
+// in any order, unless they take turns.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void add_grad_queries(const Attention& p, const BackwardWorkspace& w,
                                                  const KeyBlock& k,
@@ -146,7 +148,7 @@ __device__ __forceinline__ void add_grad_queries(const Attention& p, const Backw
   tma_wait<0>();
 }
 
-// ---- Warps 2 and 3: dropout bits -----------------------------------------------------------------
+// ---- Warps 2 and 3: dropout bits ----------------------------------------------------------------
 
 constexpr int kDropoutWarps = 2;
 
@@ -160,7 +162,8 @@ __device__ __forceinline__ void make_bits(const Attention& p, const KeyBlock& k,
     const Visit v = visit_of(p, k, t);
     mbarrier_wait(&s.empty[stage], (t / Tile::kStages + 1) % 2);
     make_dropout_bits<Tile::kKeys, Tile::kQueries, true>(
-        s.kept[stage], static_cast<uint64_t>(*p.seed), p.threshold, static_cast<uint32_t>(p.offsets[0] + k.batch),
+        s.kept[stage], static_cast<uint64_t>(*p.seed), p.threshold,
+        static_cast<uint32_t>(p.offsets[0] + k.batch),
         static_cast<uint32_t>(p.offsets[1] + v.head), p.offsets[3] + k.first_key,
         p.offsets[2] + v.tile * Tile::kQueries, thread, 32 * kDropoutWarps);
     sync_warp();
@@ -168,7 +171,7 @@ __device__ __forceinline__ void make_bits(const Attention& p, const KeyBlock& k,
   }
 }
 
-// ---- The kernel ----------------------------------------------------------------------------------
+// ---- The kernel ---------------------------------------------------------------------------------
 
 template <typename Element, typename Tile, bool kDropout>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
@@ -193,8 +196,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   sync_threads();
   const KeyBlock k = key_block<Tile>(p, order, s.work);
 
-  // At the start each of the 384 threads has 168 registers: 64 K, shared out in multiples of 8. What
-  // producers give up consumers get: 504 = 24 + 2 x 240 = 40 + 2 x 232.
+  // At the start each of the 384 threads has 168 registers: 64 K, shared out in multiples of 8.
+  // What producers give up consumers get: 504 = 24 + 2 x 240 = 40 + 2 x 232.
   constexpr int kProducer = kDropout ? 40 : 24, kConsumer = kDropout ? 232 : 240;
   if (warp_index() < 4) {
     registers_down<kProducer>();
@@ -211,7 +214,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   }
 }
 
-// ---- After: dQ -----------------------------------------------------------------------------------
+// ---- After: dQ ----------------------------------------------------------------------------------
 
 constexpr int kConvertThreads = 128;
 

@@ -1,5 +1,5 @@
-// Attention's backward on Hopper: the launches, for one size of tile. Each size is compiled in a file
-// of its own, attention_backward_*.cu, so that they compile side by side.
+// Attention's backward on Hopper: the launches, for one size of tile. Each size is compiled in a
+// file of its own, attention_backward_*.cu, so that they compile side by side.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,7 +16,8 @@ namespace hopper {
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("attention: ") + kernel + ": " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("attention: ") + kernel + ": " +
+                             cudaGetErrorString(error));
 }
 
 template <typename Tile>

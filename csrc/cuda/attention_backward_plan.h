@@ -1,5 +1,5 @@
-// What attention's backward on Hopper fixes before any kernel runs: tile sizes, the layout of shared
-// memory and of the workspace, who adds to dQ when. Pure arithmetic, for host and device.
+// What attention's backward on Hopper fixes before any kernel runs: tile sizes, the layout of
+// shared memory and of the workspace, who adds to dQ when. Pure arithmetic, for host and device.
 #pragma once
 
 #include <stddef.h>
@@ -11,11 +11,12 @@
 namespace fusedformer {
 namespace hopper {
 
-// A CTA owns a block of kKeys keys and visits tiles of kQueries queries. Two warpgroups share the work,
-// in one of two ways; the sizes are what the registers of their threads hold: 240, and 232 with dropout.
+// A CTA owns a block of kKeys keys and visits tiles of kQueries queries. Two warpgroups share the
+// work, in one of two ways; the sizes are what the registers of their threads hold: 240, and 232
+// with dropout.
 //
-// kSplitsKeys, D <= 128: a warpgroup owns 64 of 128 keys. What S^T and dP^T leave in its registers are
-// the rows that its dV and dK ask for. Registers of a thread:
+// kSplitsKeys, D <= 128: a warpgroup owns 64 of 128 keys. What S^T and dP^T leave in its registers
+// are the rows that its dV and dK ask for. Registers of a thread:
 //   dK and dV      2 x kDim / 2      (64 keys x kDim, 128 threads)
 //   S^T and dP^T   2 x kQueries / 2  (64 keys x kQueries)
 //   P^T and dS^T   2 x kQueries / 4  (in 16 bits, as operands of the next products)
@@ -40,14 +41,16 @@ struct BackwardTile {
   static constexpr int kColumns = kSplitsKeys ? kDim : kDim / 2;
   static constexpr int kScores = kSplitsKeys ? kQueries : kQueries / 2;
 
-  // Q, dO, K and V lie in panels of 64 columns (layouts.h). Each half of the columns has panels of its
-  // own where the warpgroups split them: at D = 192 columns 0 to 63, 64 to 127, 96 to 159, 160 on.
+  // Q, dO, K and V lie in panels of 64 columns (layouts.h). Each half of the columns has panels of
+  // its own where the warpgroups split them: at D = 192 columns 0 to 63, 64 to 127, 96 to 159, 160
+  // on.
   static constexpr int kSlabs = kDim / kColumns;
   static constexpr int kSlabPanels = panels(kColumns);
   static constexpr int kPanels = kSlabs * kSlabPanels;
 
-  // dQ of a tile is made in two parts, one by each warpgroup, of 64 rows: a tile of 64 rows is parted
-  // by columns, one of 128 by rows. At D = 96 the second part has columns that are not there.
+  // dQ of a tile is made in two parts, one by each warpgroup, of 64 rows: a tile of 64 rows is
+  // parted by columns, one of 128 by rows. At D = 96 the second part has columns that are not
+  // there.
   static constexpr bool kPartsAreColumns = kQueries == 64;
   static constexpr int kPartColumns = kSplitsKeys ? kPanelColumns : kColumns;
   static constexpr int kPartFloats = 64 * kPartColumns;
@@ -78,8 +81,8 @@ struct alignas(1024) BackwardShared {
   Panel grad_outs[Tile::kStages][Tile::kPanels][Tile::kQueries];
   Panel keys[Tile::kPanels][Tile::kKeys];      // dK on its way out, in the end
   Panel values[Tile::kPanels][Tile::kKeys];    // dV likewise
-  // dS^T, a row for each key; P^T, too, if it does not stay in registers. Twice: one warpgroup may be a
-  // tile ahead of the other.
+  // dS^T, a row for each key; P^T, too, if it does not stay in registers. Twice: one warpgroup may
+  // be a tile ahead of the other.
   Panel grad_scores[2][Tile::kQueries / kPanelColumns][Tile::kKeys];
   Panel weights[Tile::kSplitsKeys ? 0 : 2][Tile::kQueries / kPanelColumns][Tile::kKeys];
   // dQ on its way out: of each warpgroup its half, in the order of its registers.
@@ -99,8 +102,8 @@ FUSEDFORMER_HOST_DEVICE constexpr int part_floats(int part) {
   return 64 * (left < Tile::kPartColumns ? left : Tile::kPartColumns);
 }
 
-// The workspace. A "tile" is kQueries queries of one head of one batch; rows past Nq are there, too,
-// so that every tile is whole.
+// The workspace. A "tile" is kQueries queries of one head of one batch; rows past Nq are there,
+// too, so that every tile is whole.
 struct BackwardWorkspace {
   float* grad_query;  // (B, H, tiles, kQueries x kDim): sums of dQ in the order of grad_query_index
   float* rows;        // (B, H, tiles, 2, kQueries): LSE and shift as BackwardShared::rows has them
@@ -115,8 +118,7 @@ template <typename Tile>
 inline BackwardWorkspace backward_workspace(const Attention& p, bool deterministic, void* memory) {
   static_assert(part_floats<Tile>(0) + part_floats<Tile>(1) == Tile::kQueries * Tile::kDim,
                 "the parts of dQ are all of it");
-  const size_t tiles =
-      size_t(p.batches) * p.heads * tiles_of(p.n_queries, Tile::kQueries);
+  const size_t tiles = size_t(p.batches) * p.heads * tiles_of(p.n_queries, Tile::kQueries);
   char* const base = static_cast<char*>(memory);
   const size_t rows_at = tiles * Tile::kQueries * Tile::kDim * sizeof(float);
   const size_t turns_at = rows_at + tiles * 2 * Tile::kQueries * sizeof(float);
@@ -127,9 +129,10 @@ inline BackwardWorkspace backward_workspace(const Attention& p, bool determinist
 }
 
 // In which order CTAs take blocks of keys. Queries and dO of a section's heads share the L2 cache.
-// Early keys are seen by most queries: longest first. With turns it is the other way round: the last
-// block that a tile of queries sees adds first, and it comes to that tile first of all, so that
-// under a causal mask nobody waits; and a CTA waits only for blocks that were taken before its own.
+// Early keys are seen by most queries: longest first. With turns it is the other way round: the
+// last block that a tile of queries sees adds first, and it comes to that tile first of all, so
+// that under a causal mask nobody waits; and a CTA waits only for blocks that were taken before its
+// own.
 template <typename Tile>
 inline TileOrder backward_order(const Attention& p, bool deterministic) {
   const long long group_bytes = 4LL * p.n_queries * p.dim * (p.heads / p.key_heads);
@@ -169,7 +172,7 @@ struct Visit {
 
 template <typename Tile>
 FUSEDFORMER_HOST_DEVICE KeyBlock key_block(const Attention& p, const TileOrder& order,
-                                              int index) {
+                                           int index) {
   const HeadTile taken = tile_at(order, index);
   KeyBlock k;
   k.batch = taken.head / p.key_heads;
@@ -196,8 +199,8 @@ FUSEDFORMER_HOST_DEVICE Visit visit_of(const Attention& p, const KeyBlock& k, in
 
 // Where (row, column) of dQ lies in its tile of the workspace. Parts follow one another. In a part,
 // register 4 c + k of thread t lies at 512 c + 4 t + k: each thread stores 16 bytes at a time, side
-// by side with its neighbours, and a column block c is contiguous, so that the copy to the workspace
-// may end where kDim does.
+// by side with its neighbours, and a column block c is contiguous, so that the copy to the
+// workspace may end where kDim does.
 template <typename Tile>
 FUSEDFORMER_HOST_DEVICE int grad_query_index(int row, int column) {
   const int part = Tile::kPartsAreColumns ? column / Tile::kPartColumns : row / 64;

@@ -25,6 +25,7 @@ struct alignas(8) Float2 {
 struct alignas(16) Float4 {
   float x[4];
 };
+
 enum BackwardBarrier { kBothConsumers = 1 };
 
 // Zeros for the rows of K and V past the length: they may hold NaN, and 0 times NaN would reach dQ.
@@ -77,8 +78,8 @@ __device__ __forceinline__ void hide(float (&weights)[kQueries / 2], int first_k
   }
 }
 
-// The operands of products, out of tiles of panels: the step-th 16 columns of the rows from `row` on,
-// or the step-th 16 rows of the columns from those of `panel` on.
+// The operands of products, out of tiles of panels: the step-th 16 columns of the rows from `row`
+// on, or the step-th 16 rows of the columns from those of `panel` on.
 template <typename Element, int kPanels, int kRows>
 __device__ __forceinline__ uint64_t rows_operand(
     const Element (&tile)[kPanels][kRows][kPanelColumns], int row, int step) {
@@ -109,13 +110,14 @@ __device__ __forceinline__ void stage_grads(Element (&tile)[kPanels][kRows][kPan
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      words[i] = pack<Element>(grad[8 * step + 2 * i] * factor, grad[8 * step + 2 * i + 1] * factor);
+      words[i] = pack<Element>(grad[8 * step + 2 * i] * factor,
+                               grad[8 * step + 2 * i + 1] * factor);
     store_operand(tile, row, column + 16 * step, words);
   }
 }
 
-// dK or dV += P^T or dS^T times dO or Q: over the queries of a tile. The left operand is in registers
-// where the warpgroup has it whole, else in shared memory.
+// dK or dV += P^T or dS^T times dO or Q: over the queries of a tile. The left operand is in
+// registers where the warpgroup has it whole, else in shared memory.
 template <typename Element, typename Tile, int kLeftPanels, int kPanels>
 __device__ __forceinline__ void add_product(
     float (&grad)[Tile::kColumns / 2], const uint32_t (&left)[Tile::kScores / 16][4],
@@ -138,8 +140,8 @@ __device__ __forceinline__ void sum_grads(const Attention& p, const BackwardMaps
   constexpr int kDim = Tile::kDim, kColumns = Tile::kColumns;
   constexpr int kScores = Tile::kScores;  // queries of this warpgroup's S^T
   const int consumer = warp_index() / 4 - 1;
-  // What of the block and of the tiles is this warpgroup's: 64 keys from `row` on, or the queries from
-  // `query` and the columns from those of `panel` on.
+  // What of the block and of the tiles is this warpgroup's: 64 keys from `row` on, or the queries
+  // from `query` and the columns from those of `panel` on.
   const int row = Tile::kSplitsKeys ? 64 * consumer : 0;
   const int query = Tile::kSplitsKeys ? 0 : kScores * consumer;
   const int panel = Tile::kSplitsKeys ? 0 : Tile::kSlabPanels * consumer;
@@ -178,8 +180,8 @@ __device__ __forceinline__ void sum_grads(const Attention& p, const BackwardMaps
     if (k.first_key + row + 64 > k.length || k.first_key + row + 63 - k.diagonal > first_query)
       hide<kScores>(scores, k.first_key + row, k.length, k.diagonal, first_query);
 
-    // Both as operands of products over queries, in 16 bits: operand k is queries 16 k to 16 k + 15.
-    // What dV is to have of P is dropped, what dS has is not. Bit i of `kept` is register i's.
+    // Both as operands of products over queries, in 16 bits: operand k is queries 16 k to 16 k +
+    // 15. What dV is to have of P is dropped, what dS has is not. Bit i of `kept` is register i's.
     uint32_t weights[kScores / 16][4], grad_scores[kScores / 16][4];
     uint32_t kept[dropout_words(kScores)];
     const auto load_kept = [&] {
@@ -190,8 +192,9 @@ __device__ __forceinline__ void sum_grads(const Attention& p, const BackwardMaps
     };
     const auto pack_weights = [&](int c, int r) {
       const int i = 4 * c + 2 * r;
-      weights[c / 2][c % 2 * 2 + r] = pack<Element>(dropout_kept(kept, i) ? scores[i] : 0.f,
-                                                    dropout_kept(kept, i + 1) ? scores[i + 1] : 0.f);
+      weights[c / 2][c % 2 * 2 + r] =
+          pack<Element>(dropout_kept(kept, i) ? scores[i] : 0.f,
+                        dropout_kept(kept, i + 1) ? scores[i + 1] : 0.f);
     };
     auto& shared_weights = s.weights[t % 2];
     const auto add_grad_value = [&] {
@@ -199,8 +202,8 @@ __device__ __forceinline__ void sum_grads(const Attention& p, const BackwardMaps
       add_product<Element, Tile>(grad_value, weights, shared_weights, s.grad_outs[stage], panel);
       wgmma_commit();
     };
-    // Best while dS is being computed. But then P is there in 32 and in 16 bits: of 128 queries that is
-    // too much, and of 64, too, where dropout takes registers (see attention_grads).
+    // Best while dS is being computed. But then P is there in 32 and in 16 bits: of 128 queries
+    // that is too much, and of 64, too, where dropout takes registers (see attention_grads).
     constexpr bool kValueFirst = Tile::kSplitsKeys && Tile::kQueries == 64 && !kDropout;
     if constexpr (kValueFirst) {
       load_kept();
@@ -211,7 +214,7 @@ __device__ __forceinline__ void sum_grads(const Attention& p, const BackwardMaps
       add_grad_value();
     }
 
-    // dS = P o (M o dP - shift).
+    // dS = P o (M o dP - shift). A choice of products, as one of factors takes more registers.
     wgmma_wait<kValueFirst ? 1 : 0>(grad_weights);
     if constexpr (!kValueFirst) load_kept();
 #pragma unroll
@@ -234,8 +237,8 @@ __device__ __forceinline__ void sum_grads(const Attention& p, const BackwardMaps
     }
     if constexpr (Tile::kSplitsKeys && !kValueFirst) add_grad_value();
 
-    // dS to shared memory, where both warpgroups read all of it. A warpgroup gets to the barrier only
-    // when its products of the tile before are done, so that two buffers are enough.
+    // dS to shared memory, where both warpgroups read all of it. A warpgroup gets to the barrier
+    // only when its products of the tile before are done, so that two buffers are enough.
     auto& shared_grads = s.grad_scores[t % 2];
 #pragma unroll
     for (int step = 0; step < kScores / 16; ++step) {

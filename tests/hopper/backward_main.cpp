@@ -1,6 +1,6 @@
-// Attention's backward in the emulator, for tests/test_hopper_backward.py, which calls it by ctypes:
-// what csrc/cuda/attention_backward_launch.h does on a GPU. Compiled for one DIM, the size of the
-// kernels' tile.
+// Attention's backward in the emulator, for tests/test_hopper_backward.py, which calls it by
+// ctypes: what csrc/cuda/attention_backward_launch.h does on a GPU. Compiled for one DIM, the size
+// of the kernels' tile.
 #include <attention_backward.h>
 
 #include <cstdio>
