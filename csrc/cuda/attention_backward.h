@@ -16,8 +16,8 @@
 // sums over keys and so over both warpgroups, needs dS in shared memory.
 //
 // Warps of a CTA: warp 0 loads tiles (TMA), warp 1 sends dQ away, warps 2 and 3 make dropout bits;
-// two warpgroups of "consumers" do the rest (attention_backward_sums.h). How these share the work is
-// in attention_backward_plan.h.
+// two warpgroups of "consumers" do the rest (attention_backward_sums.h). How these share the work
+// is in attention_backward_plan.h.
 #pragma once
 
 #include <math.h>
