@@ -19,11 +19,13 @@ from fusedformer.kernels.checks import (
     check_floating,
     check_tensor,
     checked_scale,
+    is_integer,
     shape,
 )
 from fusedformer.kernels.function import Function, run
 
 MAX_HEAD_DIM = 256
+_OFFSETS_END = 2**62  # sums of two of them and of lengths stay within 64 bits
 
 
 # --- Registered ops -------------------------------------------------------------------------------
@@ -223,14 +225,16 @@ def _checked_offsets(name: str, offsets: "tuple[int, int, int, int]") -> list[in
         raise ValueError(
             f"{name}: offsets must be four ints (batch, head, query, key); got {offsets!r}"
         )
-    if not all(isinstance(offset, (int, torch.SymInt)) for offset in offsets):
+    if not all(is_integer(offset) or isinstance(offset, torch.SymInt) for offset in offsets):
         raise TypeError(f"{name}: offsets must be ints; got {tuple(offsets)}")
     if any(offset < 0 for offset in offsets) or offsets[2] % 16 or offsets[3] % 16:
         raise ValueError(
             f"{name}: offsets must not be negative, and those of query and key must be multiples "
             f"of 16; got {tuple(offsets)}"
         )
-    return list(offsets)
+    if not torch.compiler.is_compiling() and max(offsets) >= _OFFSETS_END:
+        raise ValueError(f"{name}: offsets must be below 2^62; got {tuple(offsets)}")
+    return [offset if isinstance(offset, torch.SymInt) else int(offset) for offset in offsets]
 
 
 def checked_attention(

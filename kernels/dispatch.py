@@ -50,6 +50,8 @@ AUTOMATIC = ""
 # Private, but what torch's own Python asks; where they are no more, something may always look on.
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# What autograd hands to a backward under is_grads_batched: of class Tensor, but a batch of them.
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True)
 
 # Classes of arguments that are what they seem.
 _PLAIN = frozenset(
@@ -99,7 +101,8 @@ def unobserved(args: tuple) -> bool:
 
     Not so where something else would see the call, and perhaps take it over: compilers, transforms,
     modes, tensors of other classes. On a GPU a kernel reads memory as it lies, so there the op has
-    to resolve lazy negations first; on a CPU the backends call ops themselves.
+    to resolve lazy negations first; on a CPU the backends call ops themselves. (A kernel that
+    somebody else registers for one of our ops is for the long way alone.)
     """
     return (
         not torch.compiler.is_compiling()
@@ -135,7 +138,12 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable) -> Callable[
     def call(*args: Any) -> Any:
         return impl(*args) if unobserved(args) else registered(*args)
 
-    return call
+    def call_backward(*args: Any) -> Any:
+        if unobserved(args) and not any(_is_batched(x) for x in args if isinstance(x, Tensor)):
+            return impl(*args)
+        return registered(*args)
+
+    return call_backward if name.endswith("_bwd") else call
 
 
 def load(backend: str, op: str) -> "ModuleType | None":

@@ -59,6 +59,8 @@ BAD = [
     ({"dropout_p": 0.1, "seed": 2**64}, ValueError, "seed must fit in 64 bits"),
     ({"dropout_p": 0.1, "seed": torch.tensor([1])}, ValueError, r"seed must be .* got a \(1,\)"),
     ({"offsets": (0, 0, 8, 0)}, ValueError, "offsets.*multiples of 16"),
+    ({"offsets": (0, 0, True, 0)}, TypeError, "offsets must be ints"),
+    ({"offsets": (0, 0, 2**63 - 16, 0)}, ValueError, r"offsets must be below 2\^62"),
     ({"offsets": (0, -1, 0, 0)}, ValueError, "offsets must not be negative"),
     ({"offsets": (0, 0)}, ValueError, "offsets must be four ints"),
     ({"backend": "cudnn"}, ValueError, "backend must be one of reference, triton.*'cudnn'"),

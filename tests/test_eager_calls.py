@@ -182,6 +182,22 @@ def test_a_bad_call_after_a_good_one_raises(way):
 
 
 @every
+def test_batched_gradients_are_those_one_by_one(name):
+    """autograd hands the backward a batch that looks like one tensor (is_grads_batched)."""
+    module, args = make(name)
+    floating = [x.requires_grad_() for x in args if x.is_floating_point()]
+    inputs = [*floating, *module.parameters()]
+    out = module(*args)
+    out = out[0] if isinstance(out, tuple) else out
+    batch = torch.randn(3, *out.shape)
+    found = torch.autograd.grad(out, inputs, batch, is_grads_batched=True, retain_graph=True)
+    for n, grad_out in enumerate(batch):
+        single = torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
+        for one, other in zip(found, single, strict=True):
+            assert torch.equal(one[n], other)
+
+
+@every
 def test_both_ways_compute_the_same(name):
     short = results(*make(name))
     with Seen():

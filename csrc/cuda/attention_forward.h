@@ -14,6 +14,8 @@
 // one bit for each score. They all run at their own pace: rings of buffers lie between them, each
 // buffer with an mbarrier that says it is full and one that says it is empty.
 //
+// To read on, begin with attention_forward_kernel at the end, then consume() above it.
+//
 // A consumer overlaps its own work: S of the next block is being multiplied while O takes in this
 // one's P, and the next softmax runs meanwhile. The two consumers overlap, too: they take turns at
 // issuing products (ping-pong), so that one's softmax lies under the other's products.
