@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def shape(tensor: Tensor) -> str:
@@ -31,11 +31,11 @@ def alike(first: Tensor, *others: Tensor) -> bool:
 
     False says no more than that each has to be looked at, by check_floating() and check_tensor().
     """
-    if type(first) not in _PLAIN or first.dtype not in DTYPES:
+    if type(first) not in PLAIN_TENSORS or first.dtype not in DTYPES:
         return False
     dtype, device = first.dtype, first.device
     for other in others:
-        if type(other) not in _PLAIN or other.dtype != dtype or other.device != device:
+        if type(other) not in PLAIN_TENSORS or other.dtype != dtype or other.device != device:
             return False
     return True
 
@@ -101,7 +101,7 @@ def checked_scale(op: str, scale: object) -> float:
 
 
 def device_type(tensor: Tensor) -> str:
-    """``tensor.device.type``, which takes five times as long."""
+    """``tensor.device.type``, without making a device where the tensor is on the CPU."""
     return "cpu" if tensor.is_cpu else tensor.device.type
 
 

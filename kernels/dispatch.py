@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from fusedformer.kernels.checks import device_type
+from fusedformer.kernels.checks import PLAIN_TENSORS, device_type
 
 # Where each backend keeps an op: "{file}" is the op's file name, the same in every folder.
 BACKENDS = {
@@ -55,7 +55,7 @@ _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: 
 
 # Classes of arguments that are what they seem.
 _PLAIN = frozenset(
-    (Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, list)
+    (*PLAIN_TENSORS, torch.dtype, type(None), bool, int, float, str, list)
 )
 
 _default = AUTOMATIC

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from fusedformer.kernels import rng
+from fusedformer.kernels import native_build_cuda, rng
+from fusedformer.kernels.native_cache import BuildError
 
 FOLDER = Path(__file__).parent / "hopper"
 CUDA = FOLDER.parent.parent / "csrc" / "cuda"
@@ -16,6 +18,16 @@ CUDA = FOLDER.parent.parent / "csrc" / "cuda"
 COMPILER = (shutil.which("c++") or shutil.which("g++")) if sys.platform == "linux" else None
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-fPIC"]
 
+
+def nvcc() -> "native_build_cuda.Nvcc | None":
+    """The nvcc that would build the library, or None."""
+    try:
+        return native_build_cuda.find_nvcc()
+    except BuildError:
+        return None
+
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc here")
 
 _emulator: list[Path] = []  # it takes seconds to build, and serves every module of a run
 

@@ -3,29 +3,18 @@
 import re
 import subprocess
 
+import hopper_calls
 import pytest
 
 from fusedformer.kernels import native_build_cuda
-from fusedformer.kernels.native_cache import BuildError
 
-
-def _nvcc():
-    try:
-        return native_build_cuda.find_nvcc()
-    except BuildError:
-        return None
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(_nvcc() is None, reason="there is no nvcc here"),
-]
+pytestmark = [pytest.mark.slow, hopper_calls.needs_nvcc]
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_compiled(tmp_path, dim):
     target = tmp_path / f"attention_backward_{dim}.cu.o"
-    command = native_build_cuda.compile_commands(_nvcc(), tmp_path)[target]
+    command = native_build_cuda.compile_commands(hopper_calls.nvcc(), tmp_path)[target]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = done.stdout + done.stderr

@@ -3,30 +3,19 @@
 import re
 import subprocess
 
+import hopper_calls
 import pytest
 
 from fusedformer.kernels import native_build_cuda
-from fusedformer.kernels.native_cache import BuildError
 
 DIMS = (64, 96, 128, 192, 256)
 
-
-def _nvcc():
-    try:
-        return native_build_cuda.find_nvcc()
-    except BuildError:
-        return None
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(_nvcc() is None, reason="there is no nvcc here"),
-]
+pytestmark = [pytest.mark.slow, hopper_calls.needs_nvcc]
 
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_compiled(tmp_path, dim):
-    nvcc = _nvcc()
+    nvcc = hopper_calls.nvcc()
     commands = native_build_cuda.compile_commands(nvcc, tmp_path)
     target = tmp_path / f"attention_forward_{dim}.cu.o"
     done = subprocess.run(commands[target], capture_output=True, text=True)

@@ -294,8 +294,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
 }  // namespace
 }  // namespace fusedformer
 
-// Those after the scale are dropout's. A call without it leaves them out: each that is passed takes
-// as long as a hundred products.
+// Those after the scale are dropout's. A call without it leaves them out, for each that is passed
+// costs a small call time.
 #define FUSEDFORMER_ATTENTION_ARGUMENTS                                                 \
   "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_lengths, "         \
   "int diagonal, float scale, Tensor? seed=None, int threshold=0, float inverse_keep=1, " \

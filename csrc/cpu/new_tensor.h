@@ -38,9 +38,9 @@ inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes,
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   const torch::stable::Tensor tensor(handle);
-  int64_t elements = 1;
-  for (int64_t dim = 0; dim < dims; ++dim) elements *= sizes[dim];
-  advise_huge_pages(tensor.mutable_data_ptr(), elements * static_cast<int64_t>(tensor.element_size()));
+  int64_t bytes = static_cast<int64_t>(tensor.element_size());
+  for (int64_t dim = 0; dim < dims; ++dim) bytes *= sizes[dim];
+  advise_huge_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 
