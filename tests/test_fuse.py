@@ -12,6 +12,7 @@ from bounds import assert_within_bound
 from fuse_cases import WIDE, Model, inputs, names, run
 from torch import nn
 
+import fusedformer.nn
 from fusedformer import fuse, unfuse, use_backend
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="there is no C++ library here")
@@ -210,11 +211,49 @@ def test_losses_of_other_kinds_are_torchs():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_torchs():
-    """Its stack makes them of padded batches, in evaluation mode without gradients."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    nested = torch.nested.nested_tensor([torch.randn(7, 32), torch.randn(4, 32)])
+    with torch.no_grad():
+        expected = layer(nested).to_padded_tensor(0.0)
+        fuse(layer)
+        assert torch.equal(layer(nested).to_padded_tensor(0.0), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_batches_of_an_encoder_stay_dense_in_evaluation(monkeypatch):
+    """Torch's encoder makes nested tensors of them."""
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
+    truth = nn.TransformerEncoder(layer, 2, nn.LayerNorm(32)).double().eval()
+    eager = copy.deepcopy(truth).float()
+    model = copy.deepcopy(eager)
+    fuse(model)
+    calls = []
+    op = fusedformer.nn.attention.attention
+    monkeypatch.setattr(
+        fusedformer.nn.attention, "attention", lambda *a, **k: calls.append(1) or op(*a, **k)
+    )
     x, padding = torch.randn(2, 7, 32), torch.arange(7) >= torch.tensor([[7], [4]])
     with torch.no_grad():
-        expected = model(x, src_key_padding_mask=padding)
-        fuse(model)
+        ours, plain, exact = (
+            one(x.to(one.norm.weight.dtype), src_key_padding_mask=padding)[~padding]
+            for one in (model, eager, truth)
+        )
+        assert len(calls) == 2
+        assert_within_bound("kept positions", ours, plain, exact)
+        model = pickle.loads(pickle.dumps(model))
+        assert not model.use_nested_tensor
+        model.use_nested_tensor = True
+        assert not model.use_nested_tensor
+        unfuse(model)
+        assert model.use_nested_tensor
+        expected = eager(x, src_key_padding_mask=padding)
         assert torch.equal(model(x, src_key_padding_mask=padding), expected)
+
+
+def test_an_encoder_whose_layers_are_left_may_make_nested_tensors():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.1)
+    model = nn.TransformerEncoder(layer, 2)
+    for one in model.layers:
+        one.norm1.register_forward_hook(lambda module, args, output: None)
+    fuse(model)
+    assert model.use_nested_tensor

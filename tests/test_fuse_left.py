@@ -37,7 +37,7 @@ def replaced(module):
         (lambda: Subclass(WIDE), r"a class of its own, test_fuse_left\.Subclass"),
         (lambda: hooked(nn.LayerNorm(WIDE)), "hooks"),
         (lambda: replaced(nn.LayerNorm(WIDE)), "a forward of its own"),
-        (lambda: nn.LayerNorm(WIDE - 1), "narrower than 512"),
+        (lambda: nn.LayerNorm(WIDE - 1), "fewer than 512 features"),
         (lambda: nn.LayerNorm(WIDE, dtype=torch.float64), "float64"),
         (lambda: nn.Dropout(0.0), "p is 0"),
         (lambda: nn.Dropout(0.1, inplace=True), "inplace=True"),
@@ -129,15 +129,18 @@ def test_without_kernels_all_is_left(monkeypatch):
 
 
 def test_the_report_is_short():
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64), 3, nn.LayerNorm(32))
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, nn.LayerNorm(32))
     assert str(fuse(model)) == (
-        "fused: 6\n"
+        "fused: 7\n"
         "    3  TransformerEncoderLayer  layers.*: dropout + residual + layer norm\n"
         "    3  MultiheadAttention       layers.*.self_attn: attention\n"
+        "    1  TransformerEncoder       (model): no nested tensors\n"
         "left: 1\n"
-        "    1  LayerNorm  norm: narrower than 512: measured no faster on a CPU, without dropout "
-        "beside it"
+        "    1  LayerNorm  norm: it has fewer than 512 features, and on a CPU ours is no faster "
+        "there"
     )
+    assert str(fuse(nn.Linear(3, 3))) == "nothing fused: the model has no module that fuse() knows"
 
 
 # --- Refused, the model unchanged -----------------------------------------------------------------

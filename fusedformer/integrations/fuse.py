@@ -5,6 +5,8 @@ its class alone changes, to a subclass. So state_dicts, optimizers, references h
 deepcopy and pickle keep working.
 """
 
+import dis
+import inspect
 import re
 import sys
 from collections import defaultdict
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import Dropout, Module
 
-from fusedformer.integrations.layers import Fused
+from fusedformer.integrations.layers import Fused, TransformerEncoder
 from fusedformer.integrations.rules import RULES, Rule
 from fusedformer.kernels import dispatch
 
@@ -36,6 +38,8 @@ class FuseReport:
     left: list[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
+        if not self.fused and not self.left:
+            return "nothing fused: the model has no module that fuse() knows"
         lines = []
         for title, entries in (("fused", self.fused), ("left", self.left)):
             lines.append(f"{title}: {len(entries)}")
@@ -81,10 +85,16 @@ def fuse(model: Module) -> FuseReport:
     _check(model)
     report = FuseReport()
     swaps: list[tuple[Module, type]] = []
-    done: set[int] = set()  # ids of modules that are part of another's fusion
     devices = [parameter.device for parameter in model.parameters()]
     default = devices[0] if devices else torch.get_default_device()
     models = list(_pretrained_models(model))
+    # Ids of modules that are part of another's fusion.
+    done = {
+        id(dropout)
+        for _, pretrained in models
+        if _reason_to_leave_attention(pretrained, default) is None
+        for dropout in _dropouts_of_attention(pretrained)
+    }
     switchable = {id(part) for _, pretrained in models for part in pretrained.modules()}
     for name, module in model.named_modules():
         if id(module) in done:
@@ -106,6 +116,13 @@ def fuse(model: Module) -> FuseReport:
         swaps += [(part, RULES[Dropout].fused) for part in parts if isinstance(part, Dropout)]
     for name, pretrained in models:
         _fuse_attention(name, pretrained, default, report)
+    fused_ids = {id(module) for module, _ in swaps}
+    for name, module in model.named_modules():
+        if type(module) is not torch.nn.TransformerEncoder or not module.use_nested_tensor:
+            continue
+        if any(id(layer) in fused_ids for layer in module.layers):
+            report.fused.append(Entry(name, "TransformerEncoder", "no nested tensors"))
+            swaps.append((module, TransformerEncoder))
     for module, fused in swaps:
         module.__class__ = fused
     return report
@@ -255,6 +272,21 @@ def _pretrained_models(model: Module) -> Iterator[tuple[str, Any]]:
         if isinstance(module, transformers.PreTrainedModel) and not inside:
             found.append(f"{name}." if name else "")
             yield name, module
+
+
+def _dropouts_of_attention(model: Any) -> Iterator[Dropout]:
+    """Those that are never called once its attention is switched, as their p alone is read."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is Dropout and _reads_p_alone(type(module).forward, name):
+                yield child
+
+
+def _reads_p_alone(forward: Any, name: str) -> bool:
+    """Whether all that a forward does with its self.<name> is to read self.<name>.p."""
+    names = [step.argval for step in dis.get_instructions(inspect.unwrap(forward))]
+    after = [names[at + 1] for at, found in enumerate(names[:-1]) if found == name]
+    return bool(after) and set(after) == {"p"}
 
 
 def _fuse_attention(name: str, model: Any, default: torch.device, report: FuseReport) -> None:

@@ -119,10 +119,24 @@ class TransformerEncoderLayer(_Layer, _EncoderLayer, torch.nn.TransformerEncoder
         is_causal: bool = False,
     ) -> Tensor:
         parts = self.norm1, self.norm2, self.dropout, self.dropout1, self.dropout2
-        # torch.nn.TransformerEncoder makes nested tensors in evaluation mode.
         torchs = src.is_nested or hooked(*parts)
         forward = torch.nn.TransformerEncoderLayer.forward if torchs else _EncoderLayer.forward
         return forward(self, src, src_mask, src_key_padding_mask, is_causal)
+
+
+class TransformerEncoder(Fused, torch.nn.TransformerEncoder):
+    """Makes no nested tensors of padded batches, which the kernels of its layers do not take."""
+
+    original = torch.nn.TransformerEncoder
+
+    # The module's own value stays where it is, for unfuse().
+    @property
+    def use_nested_tensor(self) -> bool:
+        return False
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: bool) -> None:
+        self.__dict__["use_nested_tensor"] = value
 
 
 class TransformerDecoderLayer(_Layer, _DecoderLayer, torch.nn.TransformerDecoderLayer):
