@@ -60,11 +60,6 @@ def _error(row: dict, part: str) -> "float | None":
     return row["error"][part] if "error" in row else None
 
 
-def _mebibytes(row: dict) -> "float | None":
-    held = memory(row)
-    return None if held is None else held / 2**20
-
-
 def _exponent(value: "float | None") -> str:
     return "—" if value is None else f"{value:.1e}"
 

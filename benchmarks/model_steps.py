@@ -16,7 +16,6 @@ from fusedformer.transformer.gpt import GPT, GPTConfig
 from fusedformer.transformer.layers import sinusoidal_positions
 from fusedformer.transformer.seq2seq import Transformer, TransformerConfig
 
-PROVIDERS = ("fusedformer", "torch")
 
 
 class TorchTransformer(nn.Module):

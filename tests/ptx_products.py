@@ -15,10 +15,6 @@ class UnknownInstructionError(Exception):
     """The compiler has used another instruction than those below."""
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 32) if x & 1 << 31 else x
-
-
 def _bit_field(x: int, start: int, length: int, signed: bool) -> int:
     field = x >> start & (1 << length) - 1
     if signed and field >> length - 1:
