@@ -17,7 +17,6 @@ from fusedformer.transformer.layers import sinusoidal_positions
 from fusedformer.transformer.seq2seq import Transformer, TransformerConfig
 
 
-
 class TorchTransformer(nn.Module):
     """torch.nn.Transformer between the embeddings and the output layer that ours has."""
 

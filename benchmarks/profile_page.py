@@ -4,8 +4,6 @@ from html import escape
 
 from fusedformer.benchmarks import page, tables
 
-TITLE = "How attention's cost grows with its lengths"
-
 
 def html(document: dict) -> str:
     """The whole page; without matplotlib it has no charts, and says so."""
