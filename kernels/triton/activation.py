@@ -1,14 +1,23 @@
 """Bias + activation + dropout on Triton: kernels, then launchers."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedformer.kernels import rng
-from fusedformer.kernels.triton.launch import chip, launch, unsupported_device, unsupported_rows
+from fusedformer.kernels.triton.launch import (
+    cdiv,
+    chip,
+    launch,
+    power_of_2,
+    unsupported_device,
+    unsupported_rows,
+)
 from fusedformer.kernels.triton.random import rows_keep
-from fusedformer.kernels.triton.rows import access, aligned, as_rows
+from fusedformer.kernels.triton.rows import as_rows, dropout_arguments, unit
 
 __all__ = [
     "bias_activation_bwd",
@@ -180,6 +189,7 @@ def bias_activation_unsupported(x: Tensor, bias: "Tensor | None", *args: object)
     return unsupported_rows(x, bias)
 
 
+@functools.lru_cache
 def _tile(n_rows: int, width: int) -> tuple[int, int]:
     """(ROWS, COLUMNS) of a tile of 2048 elements: with 4 warps, 16 elements a thread.
 
@@ -190,7 +200,7 @@ def _tile(n_rows: int, width: int) -> tuple[int, int]:
     """
     if n_rows < 8 and width > 256:
         return 1, 2048
-    columns = min(256, max(32, triton.next_power_of_2(width)))
+    columns = min(256, max(32, power_of_2(width)))
     return (2048 if columns > 32 else 1024) // columns, columns
 
 
@@ -203,26 +213,26 @@ def bias_activation_fwd(
     x: Tensor, bias: "Tensor | None", seed: "Tensor | None", activation: str, dropout_p: float
 ) -> Tensor:
     """act(x + bias) o keep / (1 - p), as reference.bias_activation_fwd."""
-    rows = as_rows(x)
-    n_rows, width = rows.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = x.shape[-1]
+    n_rows = x.numel() // width
+    rows, stride = as_rows(x, width)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     ROWS, COLUMNS = _tile(n_rows, width)
     launch(
         _bias_activation_fwd_kernel,
-        (triton.cdiv(n_rows, ROWS) * triton.cdiv(width, COLUMNS),),
+        (cdiv(n_rows, ROWS) * cdiv(width, COLUMNS),),
         rows,
         rows if bias is None else bias.contiguous(),
         out,
         rows if seed is None else seed,
-        rows.stride(0),
+        stride,
         n_rows,
         width,
-        rng.threshold(dropout_p),
-        1 / (1 - dropout_p),
+        *dropout_arguments(dropout_p),
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
         DROPOUT=seed is not None,
-        UNIT=access(rows) if aligned(rows) else 1,
+        UNIT=unit(width, stride),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=4,
@@ -240,11 +250,13 @@ def bias_activation_bwd(
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None]":
     """dx and dbias, as reference.bias_activation_bwd."""
-    rows, grad_rows = as_rows(x), as_rows(grad_out)
-    n_rows, width = rows.shape
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = x.shape[-1]
+    n_rows = x.numel() // width
+    rows, stride = as_rows(x, width)
+    grad_rows, grad_stride = as_rows(grad_out, width)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     ROWS, COLUMNS = _tile(n_rows, width)
-    groups, column_tiles = triton.cdiv(n_rows, ROWS), triton.cdiv(width, COLUMNS)
+    groups, column_tiles = cdiv(n_rows, ROWS), cdiv(width, COLUMNS)
     partial = None
     if bias is not None and bias_grad:
         programs = chip(x.device).multiprocessors * _PROGRAMS_PER_SM
@@ -259,18 +271,17 @@ def bias_activation_bwd(
         grad_x,
         grad_x if partial is None else partial,
         rows if seed is None else seed,
-        grad_rows.stride(0),
-        rows.stride(0),
+        grad_stride,
+        stride,
         n_rows,
         width,
-        rng.threshold(dropout_p),
-        1 / (1 - dropout_p),
+        *dropout_arguments(dropout_p),
         groups,
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
         BIAS_GRAD=partial is not None,
         DROPOUT=seed is not None,
-        UNIT=access(rows) if aligned(rows, grad_rows) else 1,
+        UNIT=unit(width, stride, grad_stride),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=4,

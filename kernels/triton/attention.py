@@ -6,10 +6,8 @@ The kernels are in attention_forward.py, attention_backward.py and attention_mas
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from fusedformer.kernels import rng
 from fusedformer.kernels.triton.attention_backward import (
     attention_key_value_grads_kernel,
     attention_query_grads_kernel,
@@ -18,12 +16,23 @@ from fusedformer.kernels.triton.attention_backward import (
 from fusedformer.kernels.triton.attention_forward import attention_fwd_kernel
 from fusedformer.kernels.triton.attention_mask_grad import attention_mask_grad_kernel
 from fusedformer.kernels.triton.attention_tiles import ADDITIVE_MASK, BOOL_MASK, LOG2E, NO_MASK
-from fusedformer.kernels.triton.launch import Chip, chip, launch, unsupported_device
+from fusedformer.kernels.triton.launch import (
+    Chip,
+    cdiv,
+    chip,
+    launch,
+    power_of_2,
+    unsupported_device,
+)
+from fusedformer.kernels.triton.rows import dropout_arguments
 
 __all__ = ["attention_bwd", "attention_fwd", "attention_unsupported", "unsupported_device"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM = 256
+_NO_MASK, _LOG2E = NO_MASK.value, LOG2E.value  # a constexpr's own operations take their time
+
+Strides = tuple[int, int, int]  # of batch, head and row
 
 
 @dataclass(frozen=True)
@@ -140,30 +149,32 @@ def attention_unsupported(
     return unsupported_device(query.device)
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """A (B, H, N, D) tensor that the kernels read 16 bytes at a time: itself, or a padded copy.
+def _readable(tensor: Tensor) -> tuple[Tensor, Strides]:
+    """A (B, H, N, D) tensor that the kernels read 16 bytes at a time, and its strides.
 
-    Unit stride in D, other strides multiples of 8 elements and short enough for 32-bit offsets
-    inside a tile. What has none of these, such as an odd head dimension, is copied once: that is
-    linear where attention is quadratic.
+    Itself, or a padded copy. Unit stride in D, other strides multiples of 8 elements and short
+    enough for 32-bit offsets inside a tile. What has none of these, such as an odd head dimension,
+    is copied once: that is linear where attention is quadratic.
     """
     strides = _strides(tensor)
+    of_batch, of_head, of_row = strides
     if (
-        tensor.stride(3) == 1
+        (of_batch | of_head | of_row) % 8 == 0
+        and of_row < 2**23
+        and tensor.stride(3) == 1
         and tensor.storage_offset() % 8 == 0
-        and all(stride % 8 == 0 for stride in strides)
-        and strides[2] < 2**23
     ):
-        return tensor
+        return tensor, strides
     batch, heads, length, dim = tensor.shape
     padded = tensor.new_empty(batch, length, heads, (dim + 7) // 8 * 8)
-    return padded[..., :dim].transpose(1, 2).copy_(tensor)
+    copy = padded[..., :dim].transpose(1, 2).copy_(tensor)
+    return copy, _strides(copy)
 
 
 def _mask_arguments(mask: "Tensor | None", placeholder: Tensor) -> tuple[Tensor, list[int], int]:
     """The mask as the kernels read it, its strides (0 where it broadcasts), and the MASK flag."""
     if mask is None:
-        return placeholder, [0, 0, 0, 0], NO_MASK.value
+        return placeholder, [0, 0, 0, 0], _NO_MASK
     strides = [0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True)]
     if mask.dtype == torch.bool:
         return mask.view(torch.uint8), strides, BOOL_MASK.value
@@ -175,38 +186,45 @@ def _positive_scale(scale: float, dtype: torch.dtype) -> float:
 
     A zero scale is made tiny: a hidden score is -inf, and 0 * -inf is NaN.
     """
-    return max(abs(scale), 1e-30) * (1.0 if dtype == torch.float32 else LOG2E.value)
+    return max(abs(scale), 1e-30) * (1.0 if dtype == torch.float32 else _LOG2E)
 
 
-def _new(like: Tensor) -> Tensor:
+def _new(like: Tensor) -> tuple[Tensor, Strides]:
+    """An empty tensor of a (B, H, N, D) tensor's shape in (B, N, H, D) memory, and its strides."""
     batch, heads, length, dim = like.shape
-    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+    row = heads * dim
+    new = like.new_empty_strided((batch, heads, length, dim), (length * row, dim, row, 1))
+    return new, _strides(new)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def _strides(tensor: Tensor) -> Strides:
     """Strides of batch, head and row; 0 for a dimension of size 1, whose stride means nothing."""
-    return [
-        0 if size == 1 else stride
-        for tensor in tensors
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    ]
+    batch, heads, length, _ = tensor.shape
+    of_batch, of_head, of_row, _ = tensor.stride()
+    return (
+        of_batch if batch > 1 else 0,
+        of_head if heads > 1 else 0,
+        of_row if length > 1 else 0,
+    )
 
 
 def _options(query, key, diagonal, flag, key_lengths, seed, scale, config):
+    _, heads, _, dim = query.shape
+    exact = query.dtype == torch.float32
     return {
-        "GROUP": query.shape[1] // key.shape[1],
-        "DIM": query.shape[3],
+        "GROUP": heads // key.shape[1],
+        "DIM": dim,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_D": block_dim(query.shape[3]),
+        "BLOCK_D": block_dim(dim),
         "CAUSAL": diagonal is not None,
         "MASK": flag,
         "HAS_LENGTHS": key_lengths is not None,
         "DROPOUT": seed is not None,
         "NEGATIVE": scale < 0,
-        "EXACT": query.dtype == torch.float32,
+        "EXACT": exact,
         # float32 through three TF32 products keeps float32's accuracy on tensor cores.
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
+        "PRECISION": "tf32x3" if exact else "ieee",
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
@@ -214,7 +232,7 @@ def _options(query, key, diagonal, flag, key_lengths, seed, scale, config):
 
 def block_dim(dim: int) -> int:
     """The head dimension that the tiles have: a power of two, 16 or more."""
-    return max(triton.next_power_of_2(dim), 16)
+    return max(power_of_2(dim), 16)
 
 
 def attention_fwd(
@@ -231,19 +249,22 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """O and LSE; see reference.attention_fwd."""
     batch, heads, n_queries, dim = query.shape
-    query, key, value = _readable(query), _readable(key), _readable(value)
-    out, lse = _new(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    query, query_strides = _readable(query)
+    key, key_strides = _readable(key)
+    value, value_strides = _readable(value)
+    out, out_strides = _new(query)
+    lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=query.device)
     mask, mask_strides, flag = _mask_arguments(mask, query)
-    kind = (block_dim(dim), query.dtype, seed is not None, flag != NO_MASK.value)
+    kind = (block_dim(dim), query.dtype, seed is not None, flag != _NO_MASK)
     config = forward_config(*kind, chip(query.device))
     launch(
         attention_fwd_kernel,
-        (triton.cdiv(n_queries, config.block_m) * batch * heads,),
+        (cdiv(n_queries, config.block_m) * batch * heads,),
         query, key, value, out, lse, mask,
         query if key_lengths is None else key_lengths, query if seed is None else seed,
-        *_strides(query, key, value, out), *mask_strides,
+        *query_strides, *key_strides, *value_strides, *out_strides, *mask_strides,
         heads, n_queries, key.shape[2], diagonal or 0, _positive_scale(scale, query.dtype),
-        rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets,
+        *dropout_arguments(dropout_p), *offsets,
         **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
     )  # fmt: skip
     return out, lse
@@ -269,15 +290,19 @@ def attention_bwd(
     """dQ, dK, dV and the mask's gradient; see reference.attention_bwd. Deterministic."""
     batch, heads, n_queries, dim = query.shape
     n_keys, block_d = key.shape[2], block_dim(dim)
-    query, key, value = _readable(query), _readable(key), _readable(value)
-    grad_out, out, lse = _readable(grad_out), _readable(out), lse.contiguous()
+    query, query_strides = _readable(query)
+    key, key_strides = _readable(key)
+    value, value_strides = _readable(value)
+    grad_out, grad_out_strides = _readable(grad_out)
+    out, out_strides = _readable(out)
+    lse = lse.contiguous()
     shift = torch.empty_like(lse)
     block_m = 64 if block_d <= 128 else 32
     launch(
         attention_shift_kernel,
-        (triton.cdiv(n_queries, block_m) * batch * heads,),
+        (cdiv(n_queries, block_m) * batch * heads,),
         out, grad_out, lse if grad_lse is None else grad_lse.contiguous(), shift,
-        *_strides(out, grad_out), heads, n_queries,
+        *out_strides, *grad_out_strides, heads, n_queries,
         DIM=dim, BLOCK_M=block_m, BLOCK_D=block_d, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
     )  # fmt: skip
 
@@ -286,27 +311,29 @@ def attention_bwd(
     lengths = query if key_lengths is None else key_lengths
     seed_or_none = query if seed is None else seed
     positive_scale = _positive_scale(scale, query.dtype)
-    random = (rng.threshold(dropout_p), 1 / (1 - dropout_p), *offsets)
-    inputs = _strides(query, key, value, grad_out)
+    random = (*dropout_arguments(dropout_p), *offsets)
+    inputs = (*query_strides, *key_strides, *value_strides, *grad_out_strides)
     sizes = (heads, n_queries, n_keys, diagonal or 0)
     where = chip(query.device)
-    kind = (block_d, query.dtype, seed is not None, flag != NO_MASK.value)
+    kind = (block_d, query.dtype, seed is not None, flag != _NO_MASK)
 
-    grad_query, grad_key, grad_value = _new(query), _new(key), _new(value)
+    grad_query, grad_query_strides = _new(query)
+    grad_key, grad_key_strides = _new(key)
+    grad_value, grad_value_strides = _new(value)
     config = query_grads_config(*kind, where)
     launch(
         attention_query_grads_kernel,
-        (triton.cdiv(n_queries, config.block_m) * batch * heads,),
+        (cdiv(n_queries, config.block_m) * batch * heads,),
         query, key, value, grad_out, grad_query, lse, shift, mask, lengths, seed_or_none,
-        *inputs, *_strides(grad_query), *mask_strides, *sizes, positive_scale, scale, *random,
+        *inputs, *grad_query_strides, *mask_strides, *sizes, positive_scale, scale, *random,
         **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
     )  # fmt: skip
     config = key_value_grads_config(*kind, where)
     launch(
         attention_key_value_grads_kernel,
-        (triton.cdiv(n_keys, config.block_n) * batch * key.shape[1],),
+        (cdiv(n_keys, config.block_n) * batch * key.shape[1],),
         query, key, value, grad_out, grad_key, grad_value, lse, shift, mask, lengths, seed_or_none,
-        *inputs, *_strides(grad_key, grad_value), *mask_strides, *sizes,
+        *inputs, *grad_key_strides, *grad_value_strides, *mask_strides, *sizes,
         positive_scale, scale, *random,
         **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
     )  # fmt: skip
@@ -318,8 +345,8 @@ def attention_bwd(
     # A broadcast dimension is one that the mask has once and the scores more often.
     one_row, one_column = mask_rows < n_queries, mask_columns < n_keys
     config = mask_grad_config(block_d, query.dtype, where)
-    m_tiles = 1 if one_row else triton.cdiv(n_queries, config.block_m)
-    n_tiles = 1 if one_column else triton.cdiv(n_keys, config.block_n)
+    m_tiles = 1 if one_row else cdiv(n_queries, config.block_m)
+    n_tiles = 1 if one_column else cdiv(n_keys, config.block_n)
     launch(
         attention_mask_grad_kernel,
         (m_tiles * n_tiles * mask_batches * mask_heads,),

@@ -7,8 +7,9 @@ wide kernels therefore read from the last 16-byte boundary at or before a row's 
 first and the last block then need a mask, and the others are read in whole accesses.
 """
 
+import functools
+
 import torch
-import triton
 from torch import Tensor
 
 from fusedformer.kernels.triton.cross_entropy_backward import (
@@ -19,8 +20,14 @@ from fusedformer.kernels.triton.cross_entropy_forward import (
     cross_entropy_narrow_fwd_kernel,
     cross_entropy_wide_fwd_kernel,
 )
-from fusedformer.kernels.triton.launch import launch, unsupported_device, unsupported_rows
-from fusedformer.kernels.triton.rows import access, aligned, as_rows
+from fusedformer.kernels.triton.launch import (
+    cdiv,
+    launch,
+    power_of_2,
+    unsupported_device,
+    unsupported_rows,
+)
+from fusedformer.kernels.triton.rows import as_rows, unit
 
 __all__ = [
     "cross_entropy_bwd",
@@ -51,15 +58,17 @@ def _weights(
     return weight.contiguous(), total, flags
 
 
+@functools.cache
 def _narrow_tile(classes: int) -> dict[str, int]:
     """Whole rows, 16 elements a thread of 4 warps; no fewer columns than a 16-byte access has.
 
     16 rows at most: threads hold a few numbers for each of their rows, and would spill.
     """
-    columns = max(8, triton.next_power_of_2(classes))
+    columns = max(8, power_of_2(classes))
     return {"ROWS": max(1, min(2048 // columns, 16)), "COLUMNS": columns, "num_warps": 4}
 
 
+@functools.cache
 def _wide_block(classes: int, weighted: bool) -> dict[str, int]:
     """A block of a wide row, in the forward; shorter ones leave less of a short row masked."""
     if weighted:
@@ -74,37 +83,38 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: "Tensor | None", ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, rows' weights and LSE, as reference.cross_entropy_fwd."""
-    rows = as_rows(logits)
-    n_rows, classes = rows.shape
-    losses, row_weights, lse = (
-        torch.empty(target.shape, dtype=torch.float32, device=logits.device) for _ in range(3)
-    )
+    classes = logits.shape[-1]
+    n_rows = logits.numel() // classes
+    rows, stride = as_rows(logits, classes)
+    target = target.contiguous()
+    losses, row_weights, lse = (torch.empty_like(target, dtype=torch.float32) for _ in range(3))
     weight, weight_sum, flags = _weights(weight, smoothing, rows)
-    tensors = (rows, target.contiguous(), weight, weight_sum, losses, row_weights, lse)
+    tensors = (rows, target, weight, weight_sum, losses, row_weights, lse)
     numbers = (classes, ignore_index, 1 - smoothing, smoothing / classes)
     if classes <= NARROW:
         tile = _narrow_tile(classes)
         launch(
             cross_entropy_narrow_fwd_kernel,
-            (triton.cdiv(n_rows, tile["ROWS"]),),
+            (cdiv(n_rows, tile["ROWS"]),),
             *tensors,
-            rows.stride(0),
+            stride,
             n_rows,
             *numbers,
             **flags,
-            UNIT=access(rows) if aligned(rows) else 1,
+            UNIT=unit(classes, stride),
             **tile,
         )
     else:
+        access = 16 // logits.element_size()
         launch(
             cross_entropy_wide_fwd_kernel,
             (n_rows,),
             *tensors,
-            rows.stride(0),
+            stride,
             *numbers,
             **flags,
-            ALIGNED=aligned(rows),
-            UNIT=access(rows),
+            ALIGNED=unit(classes, stride) >= access,
+            UNIT=access,
             **_wide_block(classes, flags["HAS_WEIGHT"] and flags["SMOOTHING"]),
         )
     return losses, row_weights, lse
@@ -121,36 +131,39 @@ def cross_entropy_bwd(
     overwrite: bool = False,
 ) -> Tensor:
     """The gradient of the logits, as reference.cross_entropy_bwd."""
-    rows = as_rows(logits)
-    n_rows, classes = rows.shape
+    classes = logits.shape[-1]
+    n_rows = logits.numel() // classes
+    rows, stride = as_rows(logits, classes)
     grad = logits
     if not overwrite:
-        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    grad_rows = as_rows(grad)
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad_rows, grad_stride = as_rows(grad, classes)
     grad_losses = grad_losses.reshape(n_rows)
     weight, weight_sum, flags = _weights(weight, smoothing, rows)
     lse, target = lse.contiguous(), target.contiguous()
     tensors = (rows, grad_rows, grad_losses, lse, target, weight, weight_sum)
-    strides = (rows.stride(0), grad_rows.stride(0), grad_losses.stride(0))
+    strides = (stride, grad_stride, grad_losses.stride(0))
     numbers = (classes, ignore_index, 1 - smoothing, smoothing / classes)
-    whole = aligned(rows, grad_rows)
+    multiple = unit(classes, stride, grad_stride)
     if classes <= NARROW:
         tile = _narrow_tile(classes)
         launch(
             cross_entropy_narrow_bwd_kernel,
-            (triton.cdiv(n_rows, tile["ROWS"]),),
+            (cdiv(n_rows, tile["ROWS"]),),
             *tensors,
             *strides,
             n_rows,
             *numbers,
             **flags,
-            UNIT=access(rows) if whole else 1,
+            UNIT=multiple,
             **tile,
         )
     else:
         COLUMNS = 4096
+        access = 16 // logits.element_size()
+        whole = multiple >= access
         # A row that does not start on a boundary has up to UNIT - 1 more elements before it.
-        blocks = triton.cdiv(classes + (0 if whole else access(rows) - 1), COLUMNS)
+        blocks = cdiv(classes + (0 if whole else access - 1), COLUMNS)
         launch(
             cross_entropy_wide_bwd_kernel,
             (n_rows * blocks,),
@@ -160,8 +173,8 @@ def cross_entropy_bwd(
             *numbers,
             **flags,
             ALIGNED=whole,
-            SAME_STRIDE=rows.stride(0) == grad_rows.stride(0),
-            UNIT=access(rows),
+            SAME_STRIDE=stride == grad_stride,
+            UNIT=access,
             COLUMNS=COLUMNS,
             num_warps=4,
         )

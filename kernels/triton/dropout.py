@@ -1,13 +1,22 @@
 """Dropout on Triton: the kernel, then its launchers. The backward is the forward's own kernel."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedformer.kernels import rng
-from fusedformer.kernels.triton.launch import launch, unsupported_device, unsupported_rows
+from fusedformer.kernels.triton.launch import (
+    cdiv,
+    launch,
+    power_of_2,
+    unsupported_device,
+    unsupported_rows,
+)
 from fusedformer.kernels.triton.random import rows_keep
+from fusedformer.kernels.triton.rows import as_rows, dropout_arguments, unit
 
 __all__ = ["dropout_bwd", "dropout_fwd", "dropout_unsupported", "unsupported_device"]
 
@@ -17,7 +26,7 @@ TAG = tl.constexpr(rng.DROPOUT)
 # --- Kernel ---------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n_rows", "column_tiles", "threshold"])
+@triton.jit(do_not_specialize=["x_stride", "n_rows", "width", "threshold"])
 def _dropout_kernel(
     x_ptr,  # (n_rows, width), rows x_stride apart
     out_ptr,  # (n_rows, width), contiguous
@@ -25,12 +34,15 @@ def _dropout_kernel(
     x_stride: tl.int64,
     n_rows: tl.int64,
     width: tl.int64,
-    column_tiles: tl.int32,  # ceil(width / COLUMNS)
     threshold: tl.uint32,
     scale,  # 1 / (1 - p)
+    UNIT: tl.constexpr,  # width and x_stride are multiples of it
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    width = width // UNIT * UNIT
+    x_stride = x_stride // UNIT * UNIT
+    column_tiles = tl.cdiv(width, COLUMNS).to(tl.int32)
     tile = tl.program_id(0)
     column_start = (tile % column_tiles).to(tl.int64) * COLUMNS
     rows = (tile // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -51,6 +63,7 @@ def dropout_unsupported(x: Tensor, seed: Tensor, p: float) -> "str | None":
     return unsupported_rows(x)
 
 
+@functools.lru_cache
 def _tile(n_rows: int, width: int) -> tuple[int, int]:
     """(ROWS, COLUMNS) of a tile of 2048 elements: with 4 warps, 16 elements a thread.
 
@@ -59,32 +72,28 @@ def _tile(n_rows: int, width: int) -> tuple[int, int]:
     """
     if n_rows < 8 and width > 256:
         return 1, 2048
-    columns = min(256, max(16, triton.next_power_of_2(width)))
+    columns = min(256, max(16, power_of_2(width)))
     return 2048 // columns, columns
 
 
 def dropout_fwd(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x o keep / (1 - p), as reference.dropout_fwd."""
     width = x.shape[-1] if x.dim() else 1
-    rows = x.reshape(-1, width)
-    if rows.stride(1) != 1 and width > 1:
-        rows = rows.contiguous()
-    n_rows = rows.shape[0]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n_rows = x.numel() // width
+    rows, stride = as_rows(x, width)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     ROWS, COLUMNS = _tile(n_rows, width)
-    column_tiles = triton.cdiv(width, COLUMNS)
     launch(
         _dropout_kernel,
-        (triton.cdiv(n_rows, ROWS) * column_tiles,),
+        (cdiv(n_rows, ROWS) * cdiv(width, COLUMNS),),
         rows,
         out,
         seed,
-        rows.stride(0),
+        stride,
         n_rows,
         width,
-        column_tiles,
-        rng.threshold(p),
-        1 / (1 - p),
+        *dropout_arguments(p),
+        UNIT=unit(width, stride),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=4,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 
 # Decided when kernels are decorated, that is, at import.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -30,6 +31,13 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]  # constexpr arguments and num_warps, num_stages
 
+
+# Compiled kernels by what they were compiled for, and their constexpr arguments; see launch().
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+_MOST_COMPILED = 4096  # keys hold sizes, of which there is no end
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+_NUMBERS = frozenset((int, float, bool, type(None)))
 
 _recorded: "list[Launch] | None" = None
 _recorded_chip: "Chip | None" = None
@@ -64,19 +72,17 @@ def _unsupported_gpu(device: torch.device) -> "str | None":
     return None
 
 
-def unsupported_rows(*tensors: "torch.Tensor | None") -> "str | None":
-    """Why kernels that work on rows cannot take these tensors, the first one not None; or None."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"{tensor.dtype} runs on the reference backend only"
-        if tensor.dtype == torch.bfloat16 and INTERPRETED:
-            return "Triton's interpreter does not round to bfloat16 as a GPU does"
-        if tensor.numel() >= 2**40 or (tensor.dim() and tensor.shape[-1] >= 2**30):
-            return "2^40 elements, or 2^30 columns, or more"
-    assert tensors[0] is not None
-    return unsupported_device(tensors[0].device)
+def unsupported_rows(x: torch.Tensor, *others: "torch.Tensor | None") -> "str | None":
+    """Why kernels on the rows of x, and of others no larger, cannot take them; or None."""
+    for tensor in (x, *others):
+        if tensor is not None:
+            if tensor.dtype not in _FLOATING:
+                return f"{tensor.dtype} runs on the reference backend only"
+            if INTERPRETED and tensor.dtype == torch.bfloat16:
+                return "Triton's interpreter does not round to bfloat16 as a GPU does"
+    if x.numel() >= 2**40 or (x.dim() and x.shape[-1] >= 2**30):
+        return "2^40 elements, or 2^30 columns, or more"
+    return unsupported_device(x.device)
 
 
 @functools.cache
@@ -94,17 +100,61 @@ def chip(device: torch.device) -> Chip:
     return _chip(device.index if device.index is not None else torch.cuda.current_device())
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs ``kernel[grid](*args, **options)`` on the device of its first argument, a tensor."""
+def launch(kernel: Any, grid: tuple[int], *args: Any, **options: Any) -> None:
+    """Runs ``kernel[grid](*args, **options)`` on the device of its first argument, a tensor.
+
+    Args:
+        kernel: a jitted function whose constexpr parameters come last.
+        grid: how many programs.
+        args: its other arguments: tensors, numbers, None.
+        options: constexpr arguments, and num_warps, num_stages.
+    """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
         return
     first = args[0]
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            kernel[grid](*args, **options)
+            _run(kernel, grid, args, options)
     else:
-        kernel[grid](*args, **options)
+        _run(kernel, grid, args, options)
+
+
+def _run(kernel: Any, grid: tuple[int], args: tuple, options: dict[str, Any]) -> None:
+    """``kernel[grid](*args, **options)``, on the current device.
+
+    To find what it compiled, a jitted function looks into each argument of each launch. What it
+    compiled depends on no more than the numbers, the tensors' dtypes and whether they start at a
+    multiple of 16 bytes. So a call like an earlier one launches what that one returned, as Triton's
+    tutorial on the fused softmax does.
+    """
+    knobs = triton.knobs
+    key = (
+        id(kernel), args[0].get_device(), knobs.runtime.debug,
+        knobs.compilation.instrumentation_mode, *options.values(),
+        *[x if type(x) in _NUMBERS else (x.dtype, x.data_ptr() % 16 == 0) for x in args],
+    )  # fmt: skip
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, constants = found
+        compiled[grid[0], 1, 1](*args, *constants)
+        return
+    compiled = kernel[grid](*args, **options)
+    if isinstance(compiled, CompiledKernel):  # nothing is compiled in the interpreter
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        _compiled[key] = compiled, constants
+
+
+def cdiv(number: int, divisor: int) -> int:
+    """The quotient, rounded up; triton.cdiv, for the host alone, takes a hundred times as long."""
+    return -(-number // divisor)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 @contextlib.contextmanager

@@ -4,15 +4,21 @@ The kernels are in layer_norm_forward.py and layer_norm_backward.py. Each tensor
 once while a row fits on chip; wider rows are walked in blocks, twice.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedformer.kernels import rng
-from fusedformer.kernels.triton.launch import chip, launch, unsupported_device, unsupported_rows
+from fusedformer.kernels.triton.launch import (
+    cdiv,
+    chip,
+    launch,
+    power_of_2,
+    unsupported_device,
+    unsupported_rows,
+)
 from fusedformer.kernels.triton.layer_norm_backward import (
     layer_norm_bwd_kernel,
     layer_norm_weight_grads_kernel,
@@ -22,6 +28,7 @@ from fusedformer.kernels.triton.layer_norm_forward import (
     layer_norm_fwd_kernel,
     layer_norm_wide_fwd_kernel,
 )
+from fusedformer.kernels.triton.rows import as_rows, dropout_arguments, unit
 
 __all__ = [
     "dropout_add_layer_norm_bwd",
@@ -49,12 +56,13 @@ class Config:
 
 def _one_block(width: int, tile: int, elements: int) -> Config:
     """A row a block and as many rows as fill the tile, with so many elements a thread."""
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, power_of_2(width))
     rows = max(1, tile // block)
     warps = max(4, min(16, rows * block // (32 * elements)))
     return Config(rows, block, warps, wide=False)
 
 
+@functools.cache
 def forward_config(width: int) -> Config:
     """Tiles of the forward: 16 elements a thread, which are one Philox call and, in 16 bits, two
     accesses of 16 bytes a tensor."""
@@ -62,6 +70,7 @@ def forward_config(width: int) -> Config:
     return _one_block(width, 2048, 16) if width <= 16384 else Config(1, 4096, 8, wide=True)
 
 
+@functools.cache
 def backward_config(width: int, replayed: bool) -> Config:
     """Tiles of the backward: 8 elements a thread, as it holds the sums of two gradients as well.
 
@@ -83,7 +92,7 @@ def backward_programs(n_rows: int, config: Config, device: torch.device) -> int:
     16 warps a multiprocessor: what 128 registers a thread leave room for at once.
     """
     most = chip(device).multiprocessors * max(1, 16 // config.warps)
-    return min(triton.cdiv(n_rows, config.rows), most)
+    return min(cdiv(n_rows, config.rows), most)
 
 
 def dropout_add_layer_norm_unsupported(
@@ -98,13 +107,7 @@ def dropout_add_layer_norm_unsupported(
 
 
 def _rows(tensor: "Tensor | None", width: int) -> "tuple[Tensor | None, int]":
-    """The tensor as rows of unit stride, copied only where it has none, and their stride."""
-    if tensor is None:
-        return None, 0
-    rows = tensor.reshape(-1, width)
-    if rows.stride(1) != 1 and width > 1:
-        rows = rows.contiguous()
-    return rows, rows.stride(0)
+    return (None, 0) if tensor is None else as_rows(tensor, width)
 
 
 def _vector(tensor: "Tensor | None") -> "Tensor | None":
@@ -112,11 +115,11 @@ def _vector(tensor: "Tensor | None") -> "Tensor | None":
 
 
 def _dropout_arguments(seed: "Tensor | None", p: float) -> tuple[int, float]:
-    return (0, 1.0) if seed is None else (rng.threshold(p), 1 / (1 - p))
+    return (0, 1.0) if seed is None else dropout_arguments(p)
 
 
-def _empty(like: Tensor, shape: "torch.Size | tuple[int, ...]", dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
+def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def dropout_add_layer_norm_fwd(
@@ -135,19 +138,20 @@ def dropout_add_layer_norm_fwd(
     width = x.shape[-1]
     n_rows = x.numel() // width
     config = forward_config(width)
-    x_rows, x_stride = _rows(x, width)
+    x_rows, x_stride = as_rows(x, width)
     residual_rows, residual_stride = _rows(residual, width)
-    y = _empty(x, x.shape, x.dtype)
-    z = _empty(x, x.shape, z_dtype) if prenorm else None
-    mean = None if is_rms_norm else _empty(x, x.shape[:-1], torch.float32)
-    rstd = _empty(x, x.shape[:-1], torch.float32)
+    y = _like(x, x.dtype)
+    z = _like(x, z_dtype) if prenorm else None
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    mean = None if is_rms_norm else torch.empty_like(rstd)
     launch(
         layer_norm_wide_fwd_kernel if config.wide else layer_norm_fwd_kernel,
-        (triton.cdiv(n_rows, config.rows),),
+        (cdiv(n_rows, config.rows),),
         *(x_rows, residual_rows, _vector(weight), _vector(bias), seed, y, z, mean, rstd),
         *(x_stride, residual_stride, n_rows, width),
         *_dropout_arguments(seed, dropout_p),
         eps,
+        UNIT=unit(width, x_stride, residual_stride),
         Z_DTYPE=TRITON_DTYPES[z_dtype],
         ROWS=config.rows,
         BLOCK=config.block,
@@ -162,8 +166,8 @@ def _sums(
     """Room for the sums of a parameter's gradient, a row a program, and for the gradient."""
     if parameter is None or not wanted:
         return None, None
-    sums = _empty(parameter, (programs, *parameter.shape), torch.float32)
-    return sums, _empty(parameter, parameter.shape, parameter.dtype)
+    sums = parameter.new_empty((programs, *parameter.shape), dtype=torch.float32)
+    return sums, torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
 
 def _add_up(*pairs: "tuple[Tensor | None, Tensor | None]") -> None:
@@ -175,8 +179,9 @@ def _add_up(*pairs: "tuple[Tensor | None, Tensor | None]") -> None:
     programs, width = wanted[0][0].shape
     launch(
         layer_norm_weight_grads_kernel,
-        (triton.cdiv(width, 32),),
+        (cdiv(width, 32),),
         *(sums, grad, more_sums, more_grad, programs, width),
+        UNIT=unit(width),
         PROGRAMS=64,
         BLOCK=32,
         num_warps=4,
@@ -206,12 +211,12 @@ def dropout_add_layer_norm_bwd(
     n_rows = source.numel() // width
     config = backward_config(width, replayed=seed is not None and not prenorm)
     programs = backward_programs(n_rows, config, source.device)
-    source_rows, source_stride = _rows(source, width)
+    source_rows, source_stride = as_rows(source, width)
     residual_rows, residual_stride = _rows(residual, width)
-    grad_y_rows, grad_y_stride = _rows(grad_y, width)
+    grad_y_rows, grad_y_stride = as_rows(grad_y, width)
     grad_z_rows, grad_z_stride = _rows(grad_z, width)
-    grad_x = _empty(source, source.shape, grad_y.dtype)
-    grad_residual = _empty(source, source.shape, z_dtype) if residual_grad else None
+    grad_x = _like(source, grad_y.dtype)
+    grad_residual = _like(source, z_dtype) if residual_grad else None
     weight_sums, grad_weight = _sums(weight, weight_grad, programs)
     bias_sums, grad_bias = _sums(bias, bias_grad, programs)
     launch(
@@ -221,6 +226,7 @@ def dropout_add_layer_norm_bwd(
         *(grad_x, grad_residual, weight_sums, bias_sums),
         *(source_stride, residual_stride, grad_y_stride, grad_z_stride, n_rows, width),
         *_dropout_arguments(seed, dropout_p),
+        UNIT=unit(width, source_stride, residual_stride, grad_y_stride, grad_z_stride),
         PRENORM=prenorm,
         Z_DTYPE=TRITON_DTYPES[z_dtype],
         ROWS=config.rows,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fusedformer.kernels.triton.layer_norm_forward import (
+    NUMBERS,
     added,
     dropped,
     keep_tile,
@@ -26,7 +27,7 @@ def _row_statistics(mean_ptr, rstd_ptr, rows, inside, ROWS: tl.constexpr):
     return mean, rstd
 
 
-@triton.jit(do_not_specialize=["n_rows", "threshold"])
+@triton.jit(do_not_specialize=NUMBERS)
 def layer_norm_bwd_kernel(
     source_ptr,  # (n_rows, width): z if PRENORM, else x
     residual_ptr,  # the same or None
@@ -48,11 +49,15 @@ def layer_norm_bwd_kernel(
     width: tl.int32,
     threshold: tl.uint32,
     scale,  # 1 / (1 - p)
+    UNIT: tl.constexpr,  # width and strides are multiples of it
     PRENORM: tl.constexpr,
     Z_DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # >= width
 ):
+    width = width // UNIT * UNIT
+    source_stride, residual_stride = source_stride // UNIT * UNIT, residual_stride // UNIT * UNIT
+    grad_y_stride, grad_z_stride = grad_y_stride // UNIT * UNIT, grad_z_stride // UNIT * UNIT
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     column_inside = columns < width
@@ -101,19 +106,23 @@ def _accumulate(ptr, at, started, inside, addend):
         tl.store(ptr + at, before + addend, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_rows", "threshold"])
+@triton.jit(do_not_specialize=NUMBERS)
 def layer_norm_wide_bwd_kernel(
     source_ptr, residual_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr, grad_y_ptr, grad_z_ptr,
     grad_x_ptr, grad_residual_ptr, weight_sums_ptr, bias_sums_ptr,
     source_stride: tl.int64, residual_stride: tl.int64, grad_y_stride: tl.int64,
     grad_z_stride: tl.int64, n_rows: tl.int64, width: tl.int32, threshold: tl.uint32, scale,
-    PRENORM: tl.constexpr, Z_DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, PRENORM: tl.constexpr, Z_DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """layer_norm_bwd_kernel for rows wider than a block: row sums first, then a second walk.
 
     A program's weight sums lie in memory, its own row of them; several rows a tile make that
     little traffic.
     """
+    width = width // UNIT * UNIT
+    source_stride, residual_stride = source_stride // UNIT * UNIT, residual_stride // UNIT * UNIT
+    grad_y_stride, grad_z_stride = grad_y_stride // UNIT * UNIT, grad_z_stride // UNIT * UNIT
     program = tl.program_id(0)
     for tile in range(program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -180,7 +189,7 @@ def _add_up(sums_ptr, grad_ptr, programs, width, PROGRAMS: tl.constexpr, BLOCK: 
     tl.store(grad_ptr + columns, grad, mask=columns < width)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=NUMBERS)
 def layer_norm_weight_grads_kernel(
     sums_ptr,  # (programs, width) float32: of the weight or of the bias
     grad_ptr,  # (width,)
@@ -188,10 +197,12 @@ def layer_norm_weight_grads_kernel(
     more_grad_ptr,
     programs: tl.int32,
     width: tl.int32,
+    UNIT: tl.constexpr,  # width is a multiple of it
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sums over programs, in a fixed order."""
+    width = width // UNIT * UNIT
     _add_up(sums_ptr, grad_ptr, programs, width, PROGRAMS, BLOCK)
     if more_sums_ptr is not None:
         _add_up(more_sums_ptr, more_grad_ptr, programs, width, PROGRAMS, BLOCK)

@@ -11,6 +11,12 @@ from fusedformer.kernels.triton.random import rows_keep
 
 TAG = tl.constexpr(rng.DROPOUT_ADD_NORM)
 
+# Of all kernels: compiled once for all sizes; UNIT says what accesses need to know of them.
+NUMBERS = (
+    "x_stride", "source_stride", "residual_stride", "grad_y_stride", "grad_z_stride",
+    "n_rows", "width", "threshold", "programs",
+)  # fmt: skip
+
 
 @triton.jit
 def load_tile(ptr, rows, stride, columns, inside):
@@ -60,7 +66,7 @@ def added(x, residual, keep, scale, Z_DTYPE: tl.constexpr):
     return (dropped(x, keep, scale) + residual).to(Z_DTYPE).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["n_rows", "threshold"])
+@triton.jit(do_not_specialize=NUMBERS)
 def layer_norm_fwd_kernel(
     x_ptr,  # (n_rows, width), rows x_stride apart
     residual_ptr,  # the same or None
@@ -78,10 +84,13 @@ def layer_norm_fwd_kernel(
     threshold: tl.uint32,
     scale,  # 1 / (1 - p)
     eps,
+    UNIT: tl.constexpr,  # width and strides are multiples of it
     Z_DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # >= width
 ):
+    width = width // UNIT * UNIT
+    x_stride, residual_stride = x_stride // UNIT * UNIT, residual_stride // UNIT * UNIT
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     row_inside, column_inside = rows < n_rows, columns < width
@@ -102,14 +111,16 @@ def layer_norm_fwd_kernel(
     store_tile(y_ptr, rows, width, columns, inside, z * rstd[:, None] * weight + bias)
 
 
-@triton.jit(do_not_specialize=["n_rows", "threshold"])
+@triton.jit(do_not_specialize=NUMBERS)
 def layer_norm_wide_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, z_ptr, mean_ptr, rstd_ptr,
     x_stride: tl.int64, residual_stride: tl.int64, n_rows: tl.int64, width: tl.int32,
     threshold: tl.uint32, scale, eps,
-    Z_DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, Z_DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """layer_norm_fwd_kernel for rows wider than a block: statistics first, then a second walk."""
+    width = width // UNIT * UNIT
+    x_stride, residual_stride = x_stride // UNIT * UNIT, residual_stride // UNIT * UNIT
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_inside = rows < n_rows
     mean = tl.zeros([ROWS], tl.float32)
