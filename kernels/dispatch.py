@@ -52,6 +52,8 @@ transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 # What autograd hands to a backward under is_grads_batched: of class Tensor, but a batch of them.
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True)
+_is_zero = getattr(torch, "_is_zerotensor", lambda _: True)  # a tensor without memory
+_profiled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 # Classes of arguments that are what they seem.
 _PLAIN = frozenset(
@@ -97,22 +99,28 @@ def checked(op: str, backend: "str | None") -> str:
 
 
 def unobserved(args: tuple) -> bool:
-    """Whether calling an op with these arguments is no more than computing it, on the CPU.
+    """Whether calling an op with these arguments is no more than computing it, on a CPU or GPU.
 
     Not so where something else would see the call, and perhaps take it over: compilers, transforms,
-    modes, tensors of other classes. On a GPU a kernel reads memory as it lies, so there the op has
-    to resolve lazy negations first; on a CPU the backends call ops themselves. (A kernel that
-    somebody else registers for one of our ops is for the long way alone.)
+    modes, profilers, tensors of other classes. On a GPU a kernel reads memory as it lies, so there
+    the op has to resolve lazy tensors first; on a CPU the backends call ops themselves. (A kernel
+    that somebody else registers for one of our ops is for the long way alone.)
     """
     return (
         not torch.compiler.is_compiling()
         and _PLAIN.issuperset(map(type, args))
-        and args[0].is_cpu
+        and (args[0].is_cpu or (args[0].is_cuda and not _any_lazy(args)))
         and not has_torch_function_unary(args[0])  # modes: no class here has one
         and not _dispatch_modes()
         and not transforms_active()
         and torch._C._get_tracing_state() is None
+        and not _profiled()
     )
+
+
+def _any_lazy(args: tuple) -> bool:
+    """Whether the memory of a tensor is not what it stands for: a negative, zeros without any."""
+    return any(x.is_neg() or _is_zero(x) for x in args if isinstance(x, Tensor))
 
 
 def define(

@@ -164,6 +164,28 @@ def test_the_short_way_is_for_calls_that_nothing_sees(around):
     assert not dispatch.unobserved((*args, Wrapped(torch.ones(1))))
 
 
+def test_on_a_gpu_only_tensors_that_are_their_memory_take_the_short_way(monkeypatch):
+    lazy = torch.complex(torch.zeros(shape), torch.randn(shape)).conj().imag
+    zeros = torch._efficientzerotensor(shape)
+    on_cpu = ((lazy, 1), (torch.ones(1), None, zeros))
+    assert all(map(dispatch.unobserved, on_cpu))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    assert not dispatch.unobserved((torch.ones(1),))  # on neither
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert dispatch.unobserved((torch.ones(1), torch.nn.Parameter(torch.ones(1)), None, 0.5, [0]))
+    assert not any(map(dispatch.unobserved, on_cpu))
+    with Seen():
+        assert not dispatch.unobserved((torch.ones(1),))
+
+
+@every
+def test_a_profile_shows_the_op_and_its_backward(name):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        results(*make(name))
+    seen = {event.name for event in profile.events()}
+    assert {f"fusedformer::{name}_fwd", f"fusedformer::{name}_bwd"} <= seen
+
+
 @pytest.mark.parametrize("way", [contextlib.nullcontext, Seen], ids=["short", "long"])
 def test_a_bad_call_after_a_good_one_raises(way):
     query, key = torch.randn(shape), torch.randn(shape)
