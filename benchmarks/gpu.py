@@ -1,9 +1,10 @@
 """``fusedformer gpu``: all that only a GPU can show, in one run, in one JSON file.
 
 Environment and ceilings, the kernels that want a compiler, dropout's masks and rates, the tests
-that need a GPU, the benchmarks beside torch's own, a sanitizer on small shapes: what matters most
-first, each step within its part of a time budget. A step that fails is recorded and the next one
-runs; what was measured is on disk after each. On a CPU it does the same, smaller.
+that need a GPU, the benchmarks beside torch's own, a sanitizer on small shapes, training steps of
+whole models: what matters most first, each step within its part of a time budget. A step that
+fails is recorded and the next one runs; what was measured is on disk after each. On a CPU it does
+the same, smaller.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from fusedformer.benchmarks import (
     workers,
 )
 from fusedformer.benchmarks.document import COMPLETE, CUT, Document
-from fusedformer.benchmarks.entries import default_baseline
+from fusedformer.benchmarks.entries import Entry, default_baseline
 from fusedformer.benchmarks.ops import common
 from fusedformer.benchmarks.options import device_of, make_folder, seconds
 from fusedformer.benchmarks.runner import NOT_HERE, Limits, Runner
@@ -41,9 +42,11 @@ KIND = "gpu"
 INTERRUPTED = 130
 BUDGET, QUICK_BUDGET = 500.0, 110.0
 
-STEPS = ("environment", "ceilings", "build", "dropout", "tests", "benchmarks", "sanitizer")
+STEPS = (
+    "environment", "ceilings", "build", "dropout", "tests", "benchmarks", "sanitizer", "models",
+)  # fmt: skip
 # The part of the budget that a step may take; the benchmarks take what is left but for the
-# sanitizer's part.
+# sanitizer's part, the models what is left at the end.
 _PARTS = {
     "environment": 0.1, "ceilings": 0.06, "build": 0.2, "dropout": 0.08, "tests": 0.3,
     "sanitizer": 0.1,
@@ -237,16 +240,23 @@ class Evidence:
         return f"{found['state']}: {found['reason']}" if found["state"] != "complete" else ""
 
     def _benchmarks(self, runner: Runner, part: float) -> str:
-        runner.limits.budget, runner.started = part, time.perf_counter()
-        self._data["rows"] = runner.rows
         entries = gpu_suite.suite(self.quick, self.device)
+        return self._measure(runner, part, entries[::5] if self.device == "cpu" else entries)
+
+    def _models(self, runner: Runner, part: float) -> str:
+        runner.limits.call = part  # torch.compile takes long
+        return self._measure(runner, part, gpu_suite.trained(self.quick, self.device))
+
+    def _measure(self, runner: Runner, part: float, entries: list[Entry]) -> str:
+        runner.limits.budget, runner.started = part, time.perf_counter()
+        self._data["rows"], before = runner.rows, len(runner.rows)
         if self.device == "cpu":
-            peers = ((entry, default_baseline(entry.op)) for entry in entries[::5])
+            peers = ((entry, default_baseline(entry.op)) for entry in entries)
             entries = [entry.at(impls=("fused", peer), baseline=peer) for entry, peer in peers]
         for _ in runner.run(entries, lambda entry: print(" ", entry.named(), file=sys.stderr)):
             self.document.save()
         fine = (workers.OK, NOT_HERE)
-        own = [row for row in runner.rows if common.ours(row["impl"])]
+        own = [row for row in runner.rows[before:] if common.ours(row["impl"])]
         bad = [row for row in own if row["status"] not in fine]
         reasons = sorted({row["status"] for row in bad})
         return f"{reasons[-1]}: {len(bad)} problems, {', '.join(reasons)}" if bad else ""

@@ -1,4 +1,4 @@
-"""The suite `gpu`: what the GPU kernels are held to, those of Triton and those of CUDA C++.
+"""What GPUs are held to: the suite `gpu` of the kernels, Triton's and CUDA C++'s, and models.
 
 The goals are for one H200. Every goal is one of an entry, so that a result file says of each
 whether it was reached. What matters most comes first: a budget may end before the suite does.
@@ -18,7 +18,7 @@ from fusedformer.benchmarks.entries import (
     Entry,
     Goal,
 )
-from fusedformer.benchmarks.ops import attention, cross_entropy, rows
+from fusedformer.benchmarks.ops import attention, cross_entropy, models, rows
 
 _OURS = ("fused-triton", "fused-cuda")
 _TORCH = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
@@ -174,3 +174,25 @@ def _longest(quick: bool, device: str, scale: int) -> list[Entry]:
         Entry("attention", longest.at(seq=seq // 2), "fwd_bwd", "", impls, "", MEMORY),
         Entry("attention", longest, "fwd_bwd", "", impls, "", MEMORY, linear),
     ]
+
+
+# Model-FLOP utilisation (see transformer/train_flops.py) is against the 989 TFLOP/s of dense
+# bfloat16 that NVIDIA publishes for H100 and H200, as others' figures are.
+_PUBLISHED = 989.0
+
+
+def trained(quick: bool, device: str) -> list[Entry]:
+    """Training steps, dropout and all, each with and without torch.compile; then decoding."""
+    sizes = models.sizes(quick or device == "cpu", device)
+    (base,), (gpt2,), (decoded,) = (
+        sizes[op] for op in ("transformer_step", "gpt_training", "gpt_decode")
+    )
+    utilisation = Goal(TFLOPS, 0.41 * _PUBLISHED, 0.46 * _PUBLISHED, "fused-compile")
+    ratio = Goal(RATIO, 1.3, 1.5, "fused-compile")
+    entries = [
+        Entry("gpt_training", gpt2, models.STEP, baseline="compile", goals=(utilisation,)),
+        Entry("transformer_step", base, models.STEP, baseline="compile", goals=(ratio,)),
+        Entry("gpt_decode", decoded, models.STEP),
+    ]
+    reduced = quick or device == "cpu"
+    return [entry.at(goals=()) if reduced else entry for entry in entries]

@@ -1,12 +1,14 @@
 """Training steps of whole models, ours and the same in PyTorch, for suites to time.
 
-A step is forward, loss, backward and, for the encoder-decoder, the optimizer: what a user waits
+A step is forward, loss and backward, and where it is asked for the optimizer: what a user waits
 for. Both models have the same sizes, dropout and loss, and see the same tokens; their weights are
 random. With bfloat16 they run under autocast, as one trains.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,29 @@ def _autocast(device: str, dtype: torch.dtype) -> contextlib.AbstractContextMana
     return torch.autocast(device, dtype)
 
 
+def _step(
+    model: nn.Module, loss: Callable[[], Tensor], device: str, dtype: torch.dtype, optimize: bool
+) -> Callable[[], Tensor]:
+    """Forward, loss and backward, then AdamW where ``optimize`` says so; returns the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if optimize else None
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with _autocast(device, dtype):
+            found = loss()
+        found.backward()
+        if optimizer is not None:
+            optimizer.step()
+        return found.detach()
+
+    return step
+
+
+def _loss(model: nn.Module, compiled: bool) -> Callable[..., Tensor]:
+    loss = cast(Callable[..., Tensor], model.loss)
+    return torch.compile(loss) if compiled else loss
+
+
 def transformer_step(
     provider: str,
     batch: int,
@@ -107,8 +132,10 @@ def transformer_step(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     config: "TransformerConfig | None" = None,
+    *,
+    compiled: bool = False,
 ) -> Callable[[], Tensor]:
-    """A training step of the encoder-decoder, ours or on torch.nn.Transformer; returns the loss.
+    """A training step of the encoder-decoder with AdamW, ours or on torch.nn.Transformer.
 
     Args:
         provider: "fusedformer" or "torch".
@@ -116,6 +143,7 @@ def transformer_step(
         dtype: float32, or bfloat16 for autocast.
         config: base with torch.nn.Transformer's choices (norms at the end, dropout within the
             feed-forward) by default.
+        compiled: with the model and its loss through torch.compile.
     """
     config = config or TransformerConfig(max_length=length, final_norms=True, ff_dropout=0.1)
     torch.manual_seed(0)
@@ -123,17 +151,8 @@ def transformer_step(
         model = (Transformer if provider == "fusedformer" else TorchTransformer)(config)
         source = torch.randint(config.vocab_size, (batch, length))
         target = torch.randint(config.vocab_size, (batch, length + 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with _autocast(device, dtype):
-            loss = model.loss(source, target, label_smoothing=0.1)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    loss = functools.partial(_loss(model, compiled), source, target, label_smoothing=0.1)
+    return _step(model, loss, device, dtype, optimize=True)
 
 
 def gpt_step(
@@ -143,8 +162,11 @@ def gpt_step(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     config: "GPTConfig | None" = None,
+    *,
+    compiled: bool = False,
+    optimize: bool = False,
 ) -> Callable[[], Tensor]:
-    """Forward and backward of GPT-2, ours or in plain PyTorch; returns the loss.
+    """Forward and backward of GPT-2, ours or in plain PyTorch, with AdamW where asked.
 
     Args as transformer_step(); config is GPT-2's smallest size by default.
     """
@@ -153,12 +175,5 @@ def gpt_step(
     with torch.device(device):
         model = (GPT if provider == "fusedformer" else TorchGPT)(config)
         tokens = torch.randint(config.vocab_size, (batch, length + 1))
-
-    def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        with _autocast(device, dtype):
-            loss = model.loss(tokens)
-        loss.backward()
-        return loss.detach()
-
-    return step
+    loss = functools.partial(_loss(model, compiled), tokens)
+    return _step(model, loss, device, dtype, optimize)

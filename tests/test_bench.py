@@ -55,9 +55,13 @@ def test_rows():
     assert {held["key"] for held in measured([entry.at(mode="fwd")])} != {entry.key()}
 
 
-def test_models():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_models(compiled):
     for op, cases in models.sizes(True, "cpu").items():
-        names = [name for name in OPS[op].impls if name != "hugging-face"]
+        impls = OPS[op].impls.items()
+        names = [n for n, impl in impls if impl.compiles == compiled and n != "hugging-face"]
+        if not names:
+            continue
         found = measured([Entry(op, case, models.STEP, impls=tuple(names)) for case in cases])
         assert [row["status"] for row in found] == [workers.OK] * len(names)
         assert all(row["ms"]["median"] > 0 for row in found)

@@ -3,7 +3,7 @@
 import pytest
 from bench_pools import row
 
-from fusedformer.benchmarks import bench_tables, goals, measure, suites
+from fusedformer.benchmarks import bench_tables, goals, gpu_suite, measure, suites
 from fusedformer.benchmarks.ops import attention, common
 
 TINY = attention.Case(1, 2, 16, 8)
@@ -95,6 +95,18 @@ def test_a_forced_backend_of_ours():
     dropped = TINY.at(dropout_p=0.5)
     assert measure._error_case(attention.OP, "fused-triton", dropped) == dropped
     assert "on a CPU" in measure.refusal(attention.OP, "fused-cuda", TINY)
+
+
+def test_the_models_of_the_gpu_command_have_their_goals():
+    gpt, base, _ = gpu_suite.trained(False, "cuda")
+    (found,) = gpt.goals
+    assert (found.kind, found.impl) == ("tflops", "fused-compile")
+    assert (found.at_least / 989, found.aim / 989) == pytest.approx((0.41, 0.46))
+    (found,) = base.goals
+    assert (found.kind, found.at_least, found.aim) == ("ratio", 1.3, 1.5)
+    assert {entry.baseline for entry in (gpt, base)} == {"compile"}
+    assert gpt.case.dropout == base.case.dropout == 0.1
+    assert not any(entry.goals for entry in gpu_suite.trained(True, "cuda"))
 
 
 def test_the_cpu_suite_has_every_goal():

@@ -48,7 +48,7 @@ def evidence(tmp_path, monkeypatch):
     def make(*answers, budget=100.0, asked=gpu.STEPS, **steps):
         monkeypatch.setattr(runner, "Workers", Scripted(("dropout", [MASK]), *answers))
         monkeypatch.setattr(gpu.Evidence, "_start_build", lambda self: None)
-        for name in ("build", "tests", "benchmarks", "sanitizer"):
+        for name in ("build", "tests", "benchmarks", "sanitizer", "models"):
             step = steps.get(name, lambda self, runner, part: "")
             monkeypatch.setattr(gpu.Evidence, f"_{name}", step)
         held = gpu.Evidence("cpu", True, budget, tmp_path, asked)
@@ -67,6 +67,7 @@ def test_steps_in_order(evidence):
     data = evidence(("describe", {"device_name": "x"}), ("measure", {"copy_gbps": 1.0}))
     assert list(statuses(data)) == [
         "environment", "ceilings", "build", "dropout", "tests", "benchmarks", "sanitizer",
+        "models",
     ]  # fmt: skip
     assert set(statuses(data).values()) == {"ok"}
     assert data["environment"] == {"device_name": "x"}
@@ -81,7 +82,7 @@ def test_a_step_that_fails_stops_no_other(evidence):
     data = evidence(("measure", died), tests=fails)
     assert statuses(data) == {
         "environment": "ok", "ceilings": "failed", "build": "ok", "dropout": "ok",
-        "tests": "failed", "benchmarks": "ok", "sanitizer": "ok",
+        "tests": "failed", "benchmarks": "ok", "sanitizer": "ok", "models": "ok",
     }  # fmt: skip
     reasons = [step["reason"] for step in data["steps"] if step["reason"]]
     assert "exit code -11" in reasons[0]
@@ -225,7 +226,7 @@ def test_files_for_a_gpu():
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_whole_run_on_a_cpu(tmp_path):
-    argv = ["gpu", "--quick", "--device=cpu", "--budget=90", f"--out={tmp_path}"]
+    argv = ["gpu", "--quick", "--device=cpu", "--budget=150", f"--out={tmp_path}"]
     assert cli.main(argv) == 0
     data = json.loads((tmp_path / "gpu.json").read_text())
     assert data["state"] == "complete"
@@ -234,5 +235,6 @@ def test_whole_run_on_a_cpu(tmp_path):
     assert found.pop("sanitizer") == "not available"
     assert set(found.values()) == {"ok"}
     assert data["tests"]["counts"]["passed"] > 20
-    assert {row["op"] for row in data["rows"]} >= {"attention", "cross_entropy"}
+    ops = {row["op"] for row in data["rows"]}
+    assert ops >= {"attention", "cross_entropy", "gpt_training", "transformer_step", "gpt_decode"}
     assert all(row["status"] == "ok" for row in data["rows"])

@@ -57,18 +57,39 @@ def _no_inputs(case: Case, seed: int = 0) -> Held:
     return Held([], torch.zeros((), device=case.device))
 
 
-def _gpt_step(provider: str, case: Case) -> Callable[[], Tensor]:
+def _gpt(provider: str, compiled: bool, optimize: bool, case: Case) -> Callable[[], Tensor]:
     dtype = common.DTYPES[case.dtype]
     return model_steps.gpt_step(
-        provider, case.batch, case.seq, dtype, case.device, config=case.gpt()
-    )
+        provider, case.batch, case.seq, dtype, case.device, case.gpt(), compiled=compiled,
+        optimize=optimize,
+    )  # fmt: skip
 
 
-def _transformer_step(provider: str, case: Case) -> Callable[[], Tensor]:
+def _transformer(provider: str, compiled: bool, case: Case) -> Callable[[], Tensor]:
     dtype = common.DTYPES[case.dtype]
     return model_steps.transformer_step(
-        provider, case.batch, case.seq, dtype, case.device, config=case.transformer()
+        provider, case.batch, case.seq, dtype, case.device, case.transformer(), compiled=compiled
     )
+
+
+def _steps(ours: str, theirs: str, make: Callable[..., Callable[[], Tensor]]) -> dict[str, Impl]:
+    """A step of ours and of PyTorch, each as it is and through torch.compile.
+
+    Args:
+        ours, theirs: what each is, in a line.
+        make: a provider, whether to compile, and a problem -> the step.
+    """
+    by_torch = "the same through torch.compile"
+    return {
+        "fused": Impl(ours, functools.partial(make, "fusedformer", False)),
+        "torch": Impl(theirs, functools.partial(make, "torch", False)),
+        "fused-compile": Impl(
+            f"fused: {by_torch}", functools.partial(make, "fusedformer", True), compiles=True
+        ),
+        "compile": Impl(
+            f"torch: {by_torch}", functools.partial(make, "torch", True), compiles=True
+        ),
+    }
 
 
 def _decode(use_cache: bool, case: Case) -> Callable[[], Tensor]:
@@ -121,30 +142,31 @@ def _op(name: str, impls: dict[str, Impl], eager: str, flops: Callable[[Case], f
 OPS = (
     _op(
         "gpt_step",
-        {
-            "fused": Impl(
-                "fusedformer.GPT: forward, loss and backward",
-                functools.partial(_gpt_step, "fusedformer"),
-            ),
-            "torch": Impl(
-                "the same in PyTorch, on its scaled_dot_product_attention",
-                functools.partial(_gpt_step, "torch"),
-            ),
-        },
+        _steps(
+            "fusedformer.GPT: forward, loss and backward",
+            "the same in PyTorch, on its scaled_dot_product_attention",
+            lambda provider, compiled, case: _gpt(provider, compiled, False, case),
+        ),
+        "torch",
+        lambda case: train_flops.gpt(case.gpt(), case.batch, case.seq),
+    ),
+    _op(
+        "gpt_training",
+        _steps(
+            "fusedformer.GPT: forward, loss, backward and AdamW",
+            "the same in PyTorch, on its scaled_dot_product_attention",
+            lambda provider, compiled, case: _gpt(provider, compiled, True, case),
+        ),
         "torch",
         lambda case: train_flops.gpt(case.gpt(), case.batch, case.seq),
     ),
     _op(
         "transformer_step",
-        {
-            "fused": Impl(
-                "fusedformer.Transformer: forward, loss, backward and AdamW",
-                functools.partial(_transformer_step, "fusedformer"),
-            ),
-            "torch": Impl(
-                "the same on torch.nn.Transformer", functools.partial(_transformer_step, "torch")
-            ),
-        },
+        _steps(
+            "fusedformer.Transformer: forward, loss, backward and AdamW",
+            "the same on torch.nn.Transformer",
+            _transformer,
+        ),
         "torch",
         lambda case: train_flops.seq2seq(case.transformer(), [(case.seq, case.seq)] * case.batch),
     ),
@@ -177,16 +199,17 @@ def sizes(quick: bool, device: str) -> dict[str, list[Case]]:
         return {op.name: [small] for op in OPS}
     if device == "cuda":
         gpt2 = Case(8, 1024, 12, 768, 12, 50257, "bf16", device)
-        base = Case(32, 256, 6, 512, 8, 37000, "bf16", device)
-        decode = Case(8, 512, 12, 768, 12, 50257, "bf16", device)
+        base = Case(32, 512, 6, 512, 8, 37000, "bf16", device)
         return {
             "gpt_step": [gpt2, gpt2.at(dropout=0.0)],
+            "gpt_training": [gpt2.at(batch=32)],
             "transformer_step": [base],
-            "gpt_decode": [decode],
+            "gpt_decode": [gpt2.at(seq=512)],
         }
     gpt = Case(1, 512, 4, 256, 4, 8192, device=device)
     return {
         "gpt_step": [gpt, gpt.at(dropout=0.0), gpt.at(dtype="bf16")],
+        "gpt_training": [gpt],
         "transformer_step": [gpt.at(batch=4, seq=128)],
         "gpt_decode": [gpt.at(seq=128)],
     }
