@@ -20,12 +20,24 @@ constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
 // One tag an op, so that two ops under one seed draw independent masks.
 constexpr uint32_t kAttention = 1, kDropout = 2, kDropoutAddNorm = 3, kBiasActivation = 4;
 
+// All 64 bits of a product. In PTX, as nvcc else multiplies by 64 bits wherever it knows that the
+// upper 32 are zero, and adds the zeros.
+FUSEDFORMER_HOST_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 // Four words for one counter, in its place. Philox4x32 with 7 rounds (Salmon et al., SC 2011).
 FUSEDFORMER_HOST_DEVICE void philox4x32(uint64_t seed, uint32_t counter[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kMultiplier0) * counter[0];
-    const uint64_t product1 = static_cast<uint64_t>(kMultiplier1) * counter[2];
+    const uint64_t product0 = wide_product(kMultiplier0, counter[0]);
+    const uint64_t product1 = wide_product(kMultiplier1, counter[2]);
     counter[0] = static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ k0;
     counter[1] = static_cast<uint32_t>(product1);
     counter[2] = static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ k1;

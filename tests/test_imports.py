@@ -152,10 +152,27 @@ def test_importing_fusedformer_is_cheap():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def cpp_files() -> list[Path]:
+    suffixes = (".h", ".cpp", ".cu", ".cuh")
+    paths = (path for folder in ("csrc", "tests/hopper") for path in (ROOT / folder).rglob("*"))
+    return sorted(path for path in paths if path.suffix in suffixes)
+
+
+def test_lines_of_cpp_are_short():
+    """ruff holds those of Python."""
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in cpp_files()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert not long
+
+
 def test_files_are_short():
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text().splitlines())
-        for path in python_files(*FOLDERS)
+        for path in [*python_files(*FOLDERS), *cpp_files()]
     }
     over = {name for name, lines in lengths.items() if lines > MAX_LINES}
     assert over - LONG.keys() == set(), "over 400 lines: two ideas in one file"

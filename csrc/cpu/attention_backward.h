@@ -1,8 +1,8 @@
 // The backward of attention: FlashAttention-2 (Dao 2023), algorithm 2, with one block of keys after
 // another in the outer loop and tiles of queries in the inner one.
 //
-// S^T and dP^T are computed a few rows of keys at a time, queries in the lanes as in the forward, so
-// that P and dS are formed in registers; P^T and dS^T then are operands of three more products:
+// S^T and dP^T are computed a few rows of keys at a time, queries in the lanes as in the forward,
+// so that P and dS are formed in registers; P^T and dS^T then are operands of three more products:
 //   dV += P^T dO,   dK += dS^T Q   (A from these rows; dO and Q with D in the lanes)
 //   dQ^T += K^T dS^T               (B from these rows)
 // Blocks of keys run in parallel. A block adds to a tile's dQ when the one before it has: blocks go
@@ -177,7 +177,8 @@ FUSEDFORMER_INLINE void score_grads(const Attention& p, const QueryTile& t, cons
           if (s.bias) {
             FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
               FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
-                sums[r][c] = fma(sums[r][c], scale, load(s.bias + (row + r) * TILE + at + c * LANES));
+                sums[r][c] =
+                    fma(sums[r][c], scale, load(s.bias + (row + r) * TILE + at + c * LANES));
           }
           FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
             FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
@@ -224,7 +225,8 @@ FUSEDFORMER_INLINE void store_rows(Bfloat16, const Vec (&strip)[R][C], int row, 
     FUSEDFORMER_UNROLL for (int c = 0; c < C; c += 2) {
       float* at = to + ((row + r) * TILE + (v + c) * LANES) / 2;
       if constexpr (C == 1)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(strip[r][c]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at),
+                            (__m256i)_mm512_cvtneps_pbh(strip[r][c]));
       else
         store(at, (Vec)_mm512_cvtne2ps_pbh(strip[r][c + 1 < C ? c + 1 : c], strip[r][c]));
     }
@@ -304,7 +306,8 @@ void key_block(const Attention& p, const AttentionGrads& g, const AttentionWave&
                int64_t block, char* scratch) {
   Arena arena = {scratch};
   BackwardScratch s(p, arena);
-  const int64_t b = (wave.first_unit + unit) / p.key_heads, kh = (wave.first_unit + unit) % p.key_heads;
+  const int64_t b = (wave.first_unit + unit) / p.key_heads;
+  const int64_t kh = (wave.first_unit + unit) % p.key_heads;
   const int64_t first = block * BLOCK, length = p.key_length(b);
   const int64_t end = first + BLOCK < p.n_keys ? first + BLOCK : p.n_keys;
   const int n = static_cast<int>(length <= first ? 0 : (length < end ? length : end) - first);

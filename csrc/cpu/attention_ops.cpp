@@ -64,7 +64,8 @@ void run_tasks(int64_t tasks, double work, size_t scratch_bytes, Run&& run) {
   constexpr double WORTH_A_THREAD = 1 << 20;
   int64_t workers = torch::stable::get_num_threads();
   if (workers > tasks) workers = tasks;
-  if (workers > 1 + work / WORTH_A_THREAD) workers = 1 + static_cast<int64_t>(work / WORTH_A_THREAD);
+  const int64_t worth = 1 + static_cast<int64_t>(work / WORTH_A_THREAD);
+  if (workers > worth) workers = worth;
   std::atomic<int64_t> next{0};
   const auto take = [&](int64_t, int64_t) {
     char* scratch = thread_scratch(scratch_bytes);

@@ -148,8 +148,8 @@ inline void columns_of(const float* from, ptrdiff_t stride, int n, int words, fl
       transpose(from + row * stride + w, stride, to + w * TILE + row, TILE);
 }
 
-// Zeros for the first n (a multiple of LANES) columns of (words, TILE). Not row by row, in which GCC
-// would see so many calls of memset.
+// Zeros for the first n (a multiple of LANES) columns of (words, TILE). Not row by row, in which
+// GCC would see so many calls of memset.
 inline void clear_columns(float* to, int words, int n) {
   for (int at = 0; at < n; at += LANES)
     for (int w = 0; w < words; ++w) store(to + w * TILE + at, zero());

@@ -123,8 +123,9 @@ constexpr int rows_of() {
 
 // C (rows x vectors) += A B; if SCALED, C is first multiplied by a factor for each column.
 template <class Math, bool SCALED, class A>
-FUSEDFORMER_APART void product(int rows, int steps, int vectors, A a, const float* b, ptrdiff_t b_stride, float* c,
-             ptrdiff_t c_stride, const float* factors = nullptr) {
+FUSEDFORMER_APART void product(int rows, int steps, int vectors, A a, const float* b,
+                               ptrdiff_t b_stride, float* c, ptrdiff_t c_stride,
+                               const float* factors = nullptr) {
   each_panel(vectors, [&](auto width, int v) FUSEDFORMER_LAMBDA {
     constexpr int C = decltype(width)::value;
     each_strip<rows_of<C>()>(0, rows, [&](auto height, int row) FUSEDFORMER_LAMBDA {

@@ -56,7 +56,8 @@ inline void kept_tile(const Attention& p, int64_t b, int64_t h, int64_t query, i
 inline void kept_block(const Attention& p, int64_t b, int64_t h, int64_t query, int queries,
                        int64_t key, int keys, uint8_t* kept) {
   for (int j = 0; j < keys; j += 16)
-    for (int i = 0; i < queries; i += 16) kept_tile(p, b, h, query + i, key + j, kept + 8 * j + i / 8);
+    for (int i = 0; i < queries; i += 16)
+      kept_tile(p, b, h, query + i, key + j, kept + 8 * j + i / 8);
 }
 
 }  // namespace

@@ -13,8 +13,8 @@
 namespace fusedformer {
 
 // Fresh memory costs a fault at each page's first write, which for large outputs takes longer than
-// the kernel: asks for pages of 2 MB, where the system leaves that to programs. A hint, no more, and
-// one that stays with the memory when it is used again.
+// the kernel: asks for pages of 2 MB, where the system leaves that to programs. A hint, no more,
+// and one that stays with the memory when it is used again.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 65536;  // a multiple of every system's

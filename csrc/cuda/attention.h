@@ -39,8 +39,8 @@ struct AttentionGrads {
   void* workspace;            // attention_backward_workspace bytes, on 256 bytes; any content
 };
 
-// Launch on the stream and on the current device; nothing waits for it to end. An argument of a call
-// that attention_unsupported (kernels/cuda/attention.py) takes never fails; a launch that fails
+// Launch on the stream and on the current device; nothing waits for it to end. No argument of a
+// call that attention_unsupported (kernels/cuda/attention.py) takes is refused; a launch that fails
 // throws std::runtime_error with CUDA's text.
 void attention_forward(const Attention&, CUstream_st* stream);
 void attention_backward(const Attention&, const AttentionGrads&, CUstream_st* stream);

@@ -155,17 +155,18 @@ constexpr int kDropoutWarps = 2;
 template <typename Element, typename Tile>
 __device__ __forceinline__ void make_bits(const Attention& p, const KeyBlock& k,
                                           BackwardShared<Element, Tile>& s) {
+  const uint64_t seed = static_cast<uint64_t>(*p.seed);
   const int thread = thread_index() - 2 * 32;
 #pragma unroll 1
   for (int t = 0; t < k.visits; ++t) {
     const int stage = t % Tile::kStages;
     const Visit v = visit_of(p, k, t);
     mbarrier_wait(&s.empty[stage], (t / Tile::kStages + 1) % 2);
-    make_dropout_bits<Tile::kKeys, Tile::kQueries, true>(
-        s.kept[stage], static_cast<uint64_t>(*p.seed), p.threshold,
+    make_dropout_bits<Tile::kKeys, Tile::kQueries, true, 32 * kDropoutWarps>(
+        s.kept[stage], seed, p.threshold,
         static_cast<uint32_t>(p.offsets[0] + k.batch),
         static_cast<uint32_t>(p.offsets[1] + v.head), p.offsets[3] + k.first_key,
-        p.offsets[2] + v.tile * Tile::kQueries, thread, 32 * kDropoutWarps);
+        p.offsets[2] + v.tile * Tile::kQueries, thread);
     sync_warp();
     if (lane() == 0) mbarrier_arrive(&s.full[stage]);
   }

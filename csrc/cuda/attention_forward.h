@@ -43,6 +43,9 @@ enum ForwardBarrier {
 };
 
 // Ping-pong: a consumer issues its products in its turn, and computes its softmax in the others'.
+// Nobody waits for ever: all consumers take equally many turns, for they visit the same blocks of
+// the same tiles; in its turn a consumer waits for the load of V alone; and that waits for a buffer
+// of two blocks ago or more, which all have released, or they could not have passed a turn since.
 template <typename Tile>
 __device__ __forceinline__ void take_turn(int consumer) {
   barrier_sync(kTurn + consumer, 2 * kWarpgroup);
@@ -132,8 +135,7 @@ __device__ __forceinline__ void drop(float (&weights)[Tile::kKeys / 2], int cons
     bits[i] = s.kept[kept.at][first + i];
   release(&s.kept_empty[kept.at]);
 #pragma unroll
-  for (int i = 0; i < Tile::kKeys / 2; ++i)
-    if (!dropout_kept(bits, i)) weights[i] = 0;
+  for (int i = 0; i < Tile::kKeys / 2; ++i) zero_unless(weights[i], bits[i / 32], 1u << i % 32);
 }
 
 // In 16 bits, as left operands: operand k is columns 16 k to 16 k + 15, in the order of registers.
@@ -310,7 +312,7 @@ __global__ void __launch_bounds__(kForwardThreads<Tile>, 1)
   auto& s = *reinterpret_cast<ForwardShared<Element, Tile>*>(shared_memory());
   if (thread_index() == 0) {
     // Arrivals that empty a buffer: one from each warp that reads it.
-    constexpr int kReaders = 4 * Tile::kConsumers, kBitWarps = 3;
+    constexpr int kReaders = 4 * Tile::kConsumers;
     mbarrier_init(&s.query_full, 1);
     mbarrier_init(&s.query_empty, Tile::kOwnOut ? kReaders : Tile::kConsumers);
     for (int i = 0; i < Tile::kStages; ++i) {

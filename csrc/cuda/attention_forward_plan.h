@@ -92,11 +92,39 @@ struct Cursor {
   }
 };
 
+// How many blocks of keys a tile needs.
+template <typename Tile>
+FUSEDFORMER_HOST_DEVICE int blocks_of(const Attention& p, const ForwardWork& work) {
+  const int after = work.first_query + Tile::kQueries;
+  return key_blocks(after < p.n_queries ? after : p.n_queries, work.length,
+                    static_cast<int>(p.diagonal), Tile::kKeys);
+}
+
 // In which order tiles are taken: the last queries first, as they see most keys.
 template <typename Tile>
 inline TileOrder forward_order(const Attention& p) {
   const long long head_bytes = 2LL * 2 * p.n_keys * p.dim;  // of K and V, in 16 bits
   return tile_order(p.batches, p.heads, p.key_heads, p.n_queries, Tile::kQueries, head_bytes, true);
+}
+
+// ---- What producers and consumers share --------------------------------------------------------
+
+// A buffer has been read by this warp: by all its lanes, and they all have seen it full. A lane
+// that came late to that wait would find the parity of another phase.
+__device__ __forceinline__ void release(uint64_t* empty) {
+  sync_warp();
+  if (lane() == 0) mbarrier_arrive(empty);
+}
+
+// The next tile: each warp calls this once a tile.
+template <typename Element, typename Tile>
+__device__ __forceinline__ ForwardWork next_work(ForwardShared<Element, Tile>& s,
+                                                 Cursor<2>& slot) {
+  mbarrier_wait(&s.work_full[slot.at], slot.parity);
+  const ForwardWork work = s.work[slot.at];
+  release(&s.work_empty[slot.at]);
+  slot.next();
+  return work;
 }
 
 }  // namespace hopper

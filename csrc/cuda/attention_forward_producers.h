@@ -8,14 +8,6 @@
 namespace fusedformer {
 namespace hopper {
 
-// How many blocks of keys a tile needs.
-template <typename Tile>
-__device__ __forceinline__ int blocks_of(const Attention& p, const ForwardWork& work) {
-  const int after = work.first_query + Tile::kQueries;
-  return key_blocks(after < p.n_queries ? after : p.n_queries, work.length,
-                    static_cast<int>(p.diagonal), Tile::kKeys);
-}
-
 // ---- Warp 0, one thread: tiles and loads -------------------------------------------------------
 
 template <typename Tile>
@@ -79,42 +71,28 @@ __device__ __forceinline__ void load_tiles(const Attention& p, const ForwardMaps
   }
 }
 
-// ---- What the other warps share ----------------------------------------------------------------
-
-// A buffer has been read by this warp: by all its lanes, and they all have seen it full. A lane
-// that came late to that wait would find the parity of another phase.
-__device__ __forceinline__ void release(uint64_t* empty) {
-  sync_warp();
-  if (lane() == 0) mbarrier_arrive(empty);
-}
-
-// The next tile: each warp calls this once a tile.
-template <typename Element, typename Tile>
-__device__ __forceinline__ ForwardWork next_work(ForwardShared<Element, Tile>& s,
-                                                 Cursor<2>& slot) {
-  mbarrier_wait(&s.work_full[slot.at], slot.parity);
-  const ForwardWork work = s.work[slot.at];
-  release(&s.work_empty[slot.at]);
-  slot.next();
-  return work;
-}
-
 // ---- Warps 1 to 3: dropout bits ----------------------------------------------------------------
+
+constexpr int kBitWarps = 3;
 
 template <typename Element, typename Tile>
 __device__ __forceinline__ void make_bits(const Attention& p, ForwardShared<Element, Tile>& s) {
   const uint64_t seed = static_cast<uint64_t>(*p.seed);
   Cursor<2> slot;
   Cursor<Tile::kStages> kept;
+  int turn = 0;
   for (;;) {
     const ForwardWork work = next_work(s, slot);
     if (work.batch < 0) return;
     for (int block = blocks_of<Tile>(p, work) - 1; block >= 0; --block, kept.next()) {
       mbarrier_wait(&s.kept_empty[kept.at], kept.parity ^ 1);
-      make_dropout_bits<Tile::kQueries, Tile::kKeys, false>(
+      // Three warps do not share a tile's rows evenly: they take turns at having fewest.
+      const int thread = (thread_index() - 32 + 32 * turn) % (32 * kBitWarps);
+      turn = (turn + 1) % kBitWarps;
+      make_dropout_bits<Tile::kQueries, Tile::kKeys, false, 32 * kBitWarps>(
           s.kept[kept.at], seed, p.threshold, static_cast<uint32_t>(p.offsets[0] + work.batch),
           static_cast<uint32_t>(p.offsets[1] + work.head), p.offsets[2] + work.first_query,
-          p.offsets[3] + block * Tile::kKeys, thread_index() - 32, 96);
+          p.offsets[3] + block * Tile::kKeys, thread);
       sync_warp();  // all lanes have written
       if (lane() == 0) mbarrier_arrive(&s.kept_full[kept.at]);
     }

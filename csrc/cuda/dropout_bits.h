@@ -7,51 +7,56 @@
 namespace fusedformer {
 namespace hopper {
 
-// The bits of two lanes for one 16 x 16 block: bits 0 to 7 for the lane of the even row, 8 to 15
-// for that of the odd row. One call of Philox decides just these: its two rows are lanes 8 m + n and
-// 8 m + n + 4 (rows 2 m and 2 m + 1, columns 2 n and 2 n + 1, and each 8 further on).
+// Adds to `bits` from bit `first` on the eight of one lane in a 16 x 16 block. The words of one
+// call of Philox decide those of two lanes, 8 m + n (`odd` 0) and 8 m + n + 4 (1): of rows 2 m and
+// 2 m + 1, columns 2 n and 2 n + 1, and each has one 8 further on.
+//
+// Bit by bit, upwards, into one word: nvcc then gathers seven comparisons in one instruction.
 template <bool kTransposed>
-FUSEDFORMER_HOST_DEVICE uint32_t dropout_pair(uint64_t seed, uint32_t threshold, uint32_t batch,
-                                              uint32_t head, uint64_t row, uint64_t column) {
-  uint32_t words[4];
-  philox::attention_counter(batch, head, kTransposed ? column : row, kTransposed ? row : column,
-                            words);
-  philox::philox4x32(seed, words);
-  uint32_t bits = 0;
-  // Bit 4 c + 2 r + e of the lane of row `odd`: element (odd + 8 r, e + 8 c) of the call.
+FUSEDFORMER_HOST_DEVICE void add_dropout_byte(uint32_t& bits, const uint32_t (&words)[4], int odd,
+                                              uint32_t threshold, int first) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int odd = i / 8, c = i / 4 % 2, r = i / 2 % 2, e = i % 2;
+  for (int i = 0; i < 8; ++i) {  // i = 4 c + 2 r + e: element (odd + 8 r, e + 8 c) of the call
+    const int c = i / 4, r = i / 2 % 2, e = i % 2;
     const int word = kTransposed ? 2 * e + odd : 2 * odd + e;
     const int byte = kTransposed ? 2 * c + r : 2 * r + c;
-    bits |= static_cast<uint32_t>(philox::kept(words[word], byte, threshold)) << i;
+    bits |= static_cast<uint32_t>(philox::kept(words[word], byte, threshold)) << (first + i);
   }
-  return bits;
 }
 
 // Writes all bits of a kRows x kColumns tile: dropout_bytes() of them, laid out as layouts.h says.
 // Rows are queries and columns keys, or the other way round with kTransposed.
 //
 // first_row, first_column: of the tile, in the whole problem; multiples of 16. `batch` and `head`
-// likewise. thread, threads: which of how many threads this is that share the work.
-template <int kRows, int kColumns, bool kTransposed>
+// likewise. `thread`: which this is of the kThreads that share the work. Words are filled: past the
+// last column they have bits, too.
+template <int kRows, int kColumns, bool kTransposed, int kThreads>
 FUSEDFORMER_HOST_DEVICE void make_dropout_bits(uint32_t* bits, uint64_t seed, uint32_t threshold,
                                                uint32_t batch, uint32_t head, uint64_t first_row,
-                                               uint64_t first_column, int thread, int threads) {
+                                               uint64_t first_column, int thread) {
   static_assert(kRows % 16 == 0 && kColumns % 16 == 0, "whole blocks of 16 x 16");
-  constexpr int kWords = dropout_words(kColumns), kBlocks = kColumns / 16;
-  // A unit is two lanes' words for 64 columns. Neighbouring threads have neighbouring lanes.
-  for (int unit = thread; unit < kRows / 16 * kWords * 16; unit += threads) {
-    const int pair = unit % 16, word = unit / 16 % kWords, row_block = unit / 16 / kWords;
-    const int m = pair / 4, n = pair % 4;
+  constexpr int kWords = dropout_words(kColumns);
+  // A thread has one of the words of two lanes, 64 columns, in every so many blocks of 16 rows:
+  // what depends on the column alone is computed once. Neighbouring threads, neighbouring lanes.
+  constexpr int kRowBlocks = kThreads / (16 * kWords);
+  static_assert(kThreads % (16 * kWords) == 0, "a thread keeps its columns");
+  const int m = thread % 16 / 4, n = thread % 4, word = thread / 16 % kWords;
+  const uint64_t row = first_row + 2 * m, column = first_column + 64 * word + 2 * n;
+  uint32_t first[4];  // the counter; 16 further on, one of its words is larger by 4
+  philox::attention_counter(batch, head, kTransposed ? column : row, kTransposed ? row : column,
+                            first);
+  constexpr int kRow = kTransposed ? 1 : 0, kColumn = 1 - kRow;  // which word counts them
+
+  for (int row_block = thread / (16 * kWords); row_block < kRows / 16; row_block += kRowBlocks) {
     uint32_t even = 0, odd = 0;
+#pragma unroll
     for (int block = 0; block < 4; ++block) {
-      if (word * 4 + block >= kBlocks) break;
-      const uint32_t two = dropout_pair<kTransposed>(
-          seed, threshold, batch, head, first_row + row_block * 16 + 2 * m,
-          first_column + (word * 4 + block) * 16 + 2 * n);
-      even |= (two & 0xFF) << 8 * block;
-      odd |= (two >> 8) << 8 * block;
+      uint32_t words[4] = {first[0], first[1], first[2], first[3]};
+      words[kRow] += 4 * row_block;
+      words[kColumn] += 4 * block;
+      philox::philox4x32(seed, words);
+      add_dropout_byte<kTransposed>(even, words, 0, threshold, 8 * block);
+      add_dropout_byte<kTransposed>(odd, words, 1, threshold, 8 * block);
     }
     const int lane = 8 * m + n;
     bits[dropout_word(kColumns, row_block, lane) + word] = even;

@@ -70,9 +70,12 @@ struct Wgmma;
 #define FUSEDFORMER_TEXT_11 FUSEDFORMER_TEXT_10 ", " "%80, %81, %82, %83, %84, %85, %86, %87"
 #define FUSEDFORMER_TEXT_12 FUSEDFORMER_TEXT_11 ", " "%88, %89, %90, %91, %92, %93, %94, %95"
 #define FUSEDFORMER_TEXT_13 FUSEDFORMER_TEXT_12 ", " "%96, %97, %98, %99, %100, %101, %102, %103"
-#define FUSEDFORMER_TEXT_14 FUSEDFORMER_TEXT_13 ", " "%104, %105, %106, %107, %108, %109, %110, %111"
-#define FUSEDFORMER_TEXT_15 FUSEDFORMER_TEXT_14 ", " "%112, %113, %114, %115, %116, %117, %118, %119"
-#define FUSEDFORMER_TEXT_16 FUSEDFORMER_TEXT_15 ", " "%120, %121, %122, %123, %124, %125, %126, %127"
+#define FUSEDFORMER_TEXT_14 \
+  FUSEDFORMER_TEXT_13 ", " "%104, %105, %106, %107, %108, %109, %110, %111"
+#define FUSEDFORMER_TEXT_15 \
+  FUSEDFORMER_TEXT_14 ", " "%112, %113, %114, %115, %116, %117, %118, %119"
+#define FUSEDFORMER_TEXT_16 \
+  FUSEDFORMER_TEXT_15 ", " "%120, %121, %122, %123, %124, %125, %126, %127"
 
 // The number of the first operand after the accumulators' is N / 2; o0 to o6 count on from there.
 #define FUSEDFORMER_SS(type, blocks, N, o0, o1, o2, o3, o4)                                    \

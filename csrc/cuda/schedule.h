@@ -1,10 +1,10 @@
-// In what order tiles of attention are taken, and which blocks of keys a tile of queries needs. Pure
-// integer arithmetic, for host and device.
+// In what order tiles of attention are taken, and which blocks of keys a tile of queries needs.
+// Pure integer arithmetic, for host and device.
 //
-// A tile is `rows` queries of one head. CTAs take tiles from a counter, so a good order is all there
-// is to balance: the longest tiles first, that the short ones fill the gaps at the end. But tiles
-// that run at one time should also share keys and values in the L2 cache. So heads are cut into
-// sections whose K and V fit there together, and longest-first holds within a section.
+// A tile is `rows` queries of one head. CTAs take tiles from a counter, so a good order is all
+// there is to balance: the longest tiles first, that the short ones fill the gaps at the end. But
+// tiles that run at one time should also share keys and values in the L2 cache. So heads are cut
+// into sections whose K and V fit there together, and longest-first holds within a section.
 #pragma once
 
 #include "../philox.h"  // FUSEDFORMER_HOST_DEVICE
@@ -53,8 +53,8 @@ FUSEDFORMER_HOST_DEVICE HeadTile tile_at(const TileOrder& order, int index) {
   return {first_head + within % heads, order.last_first ? order.blocks - 1 - rank : rank};
 }
 
-// Query i sees the keys j < min(length, i + 1 + diagonal). diagonal lies in -n_queries to n_keys, so
-// that no sum overflows.
+// Query i sees the keys j < min(length, i + 1 + diagonal). diagonal lies in -n_queries to n_keys,
+// so that no sum overflows.
 
 // A length as it was given, made one that can be used.
 FUSEDFORMER_HOST_DEVICE int clamp_length(int length, int n_keys) {

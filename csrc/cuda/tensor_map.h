@@ -38,7 +38,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // The map of a tensor whose boxes are `rows` rows of 64 elements, swizzled by 128 bytes. What a box
-// has outside the tensor (rows from `length` on, columns from `dim` on) is read as 0 and not written.
+// has outside the tensor (rows from `length` on, columns from `dim` on) is read as 0 and not
+// written.
 //
 // Data on 16 bytes, strides multiples of 16 bytes below 2^40 bytes, 1 to 256 rows.
 inline TensorMap tensor_map(const Tensor4& tensor, DType dtype, int batches, int heads, int length,
@@ -68,8 +69,8 @@ inline TensorMap tensor_map(const Tensor4& tensor, DType dtype, int batches, int
     throw std::runtime_error("attention: TMA cannot describe a tensor of (B, H, N, D) = (" +
                              text(sizes[3]) + ", " + text(sizes[2]) + ", " + text(sizes[1]) + ", " +
                              text(sizes[0]) + ") with strides of (" + text(strides[2]) + ", " +
-                             text(strides[1]) + ", " + text(strides[0]) + ", 2) bytes: CUDA error " +
-                             std::to_string(result));
+                             text(strides[1]) + ", " + text(strides[0]) + ", 2) bytes: " +
+                             "CUDA error " + std::to_string(result));
   }
   TensorMap map;
   static_assert(sizeof(map) == sizeof(made), "TensorMap is CUtensorMap by another name");

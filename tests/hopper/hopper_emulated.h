@@ -63,6 +63,10 @@ inline bool any_in_warp(bool value) {
 inline float fast_exp2(float x) { return exp2f(x); }
 inline float fast_log2(float x) { return log2f(x); }
 
+inline void zero_unless(float& x, uint32_t word, uint32_t bits) {
+  if (!(word & bits)) x = 0;
+}
+
 template <typename Element>
 inline float to_float(Element x) {
   return emulator::widen(x);

@@ -1,6 +1,7 @@
-// The launchers of csrc/cuda/attention.h as plain loops over host memory: what they promise, written
-// out. With ops.cpp it makes a library that runs on a CPU, so that all between Python and a launch is
-// tested without a GPU: each argument, size, stride and option. tests/test_cuda_calls.py builds it.
+// The launchers of csrc/cuda/attention.h as plain loops over host memory: what they promise,
+// written out. With ops.cpp it makes a library that runs on a CPU, so that all between Python and a
+// launch is tested without a GPU: each argument, size, stride and option. tests/test_cuda_calls.py
+// builds it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -27,8 +27,8 @@ void dropout_tile(int rows_case, int transposed, uint64_t seed, uint32_t thresho
     constexpr int kR = decltype(rows)::value, kC = decltype(columns)::value;
     static uint32_t words[dropout_bytes(kR, kC) / 4];
     for (int thread = 0; thread < 96; ++thread)
-      (transposed ? make_dropout_bits<kR, kC, true> : make_dropout_bits<kR, kC, false>)(
-          words, seed, threshold, batch, head, first_row, first_column, thread, 96);
+      (transposed ? make_dropout_bits<kR, kC, true, 96> : make_dropout_bits<kR, kC, false, 96>)(
+          words, seed, threshold, batch, head, first_row, first_column, thread);
     for (int block = 0; block < kR / 16; ++block)
       for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < kC / 2; ++i)

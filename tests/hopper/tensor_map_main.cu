@@ -1,5 +1,5 @@
-// csrc/cuda/tensor_map.h with functions of ours in the place of the CUDA runtime's and driver's, which
-// note what they are asked for. tests/test_native_build_cuda.py builds and calls it.
+// csrc/cuda/tensor_map.h with functions of ours in the place of the CUDA runtime's and driver's,
+// which note what they are asked for. tests/test_native_build_cuda.py builds and calls it.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 

@@ -80,11 +80,12 @@ __global__ void __launch_bounds__(128, 1)
   mbarrier_wait(barrier, 0);
   const float x = fast_exp2(shuffle_xor(tile[lane()], 1)) + fast_log2(shuffle(tile[lane()], 3));
   if (any_in_warp(x < 0)) trap();
+  zero_unless(tile[lane()], *counter, 4);
   uint32_t words[4] = {pack<__half>(x, x), 1, 2, 3};
   store_matrices(shared + 1024 + 16 * lane(), words);
   store_matrices<true>(shared + 2048 + 16 * lane(), words);
-  make_dropout_bits<64, 64, false>(reinterpret_cast<uint32_t*>(shared + 4096), *counter, 5, 0, 0, 0,
-                                   0, thread_index(), 128);
+  make_dropout_bits<64, 64, false, 128>(reinterpret_cast<uint32_t*>(shared + 4096), *counter, 5, 0,
+                                        0, 0, 0, thread_index());
   sync_warp();
   barrier_arrive(1, 256);
   barrier_sync(2, 128);
