@@ -46,12 +46,12 @@ TRITON_DTYPES = {
 
 @dataclass(frozen=True)
 class Config:
-    """A launch configuration: a tile of rows by block elements, and how many warps share it."""
+    """A launch configuration: how many rows at a time, in what blocks, by how many warps."""
 
     rows: int
     block: int
     warps: int
-    wide: bool  # a row is more than one block
+    wide: bool  # a row is walked block after block, as more than there is room for
 
 
 def _one_block(width: int, tile: int, elements: int) -> Config:
@@ -64,10 +64,14 @@ def _one_block(width: int, tile: int, elements: int) -> Config:
 
 @functools.cache
 def forward_config(width: int) -> Config:
-    """Tiles of the forward: 16 elements a thread, which are one Philox call and, in 16 bits, two
-    accesses of 16 bytes a tensor."""
-    # 16384 columns are 32 elements a thread of 16 warps; more would spill.
-    return _one_block(width, 2048, 16) if width <= 16384 else Config(1, 4096, 8, wide=True)
+    """Tiles of the forward: up to 32 elements a thread, in blocks of 8, which are an access of
+    16 bytes in 16 bits: so many that few warps, and up to 1024 columns one, add up a row."""
+    if width <= 128:
+        return _one_block(width, 2048, 16)
+    if width <= 16384:
+        warps = max(1, power_of_2(width) // 1024)
+        return Config(max(1, 1024 // power_of_2(width)), 256 * warps, warps, wide=False)
+    return Config(1, 4096, 8, wide=True)
 
 
 @functools.cache
@@ -144,6 +148,8 @@ def dropout_add_layer_norm_fwd(
     z = _like(x, z_dtype) if prenorm else None
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     mean = None if is_rms_norm else torch.empty_like(rstd)
+    blocks = cdiv(width, config.block)
+    whole = {} if config.wide else {"BLOCKS": blocks, "WHOLE": width == blocks * config.block}
     launch(
         layer_norm_wide_fwd_kernel if config.wide else layer_norm_fwd_kernel,
         (cdiv(n_rows, config.rows),),
@@ -155,6 +161,7 @@ def dropout_add_layer_norm_fwd(
         Z_DTYPE=TRITON_DTYPES[z_dtype],
         ROWS=config.rows,
         BLOCK=config.block,
+        **whole,
         num_warps=config.warps,
     )
     return y, z, mean, rstd

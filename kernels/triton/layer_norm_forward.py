@@ -45,6 +45,16 @@ def load_vector(ptr, columns, inside, default):
 
 
 @triton.jit
+def _block_of_rows(block, row_inside, width, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """The columns of a block, and which of a tile's elements there are."""
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = row_inside[:, None]
+    if not WHOLE:
+        inside = inside & (columns < width)[None, :]
+    return columns, inside
+
+
+@triton.jit
 def keep_tile(seed_ptr, threshold, rows, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Which elements of a tile are kept; None where nothing is dropped."""
     keep = None
@@ -87,28 +97,48 @@ def layer_norm_fwd_kernel(
     UNIT: tl.constexpr,  # width and strides are multiples of it
     Z_DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,  # >= width
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of a row, all of them held at once
+    WHOLE: tl.constexpr,  # width == BLOCK * BLOCKS
 ):
     width = width // UNIT * UNIT
     x_stride, residual_stride = x_stride // UNIT * UNIT, residual_stride // UNIT * UNIT
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    row_inside, column_inside = rows < n_rows, columns < width
-    inside = row_inside[:, None] & column_inside[None, :]
-    x = load_tile(x_ptr, rows, x_stride, columns, inside)
-    residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
-    keep = keep_tile(seed_ptr, threshold, rows, 0, ROWS, BLOCK)
-    z = added(x, residual, keep, scale, Z_DTYPE)
-    store_tile(z_ptr, rows, width, columns, inside, z)
+    row_inside = (rows < n_rows) | (ROWS == 1)  # a program a row: no mask
+    # All is read before anything is written, as the compiler cannot know that it may be.
+    xs, residuals = (), ()
+    for block in tl.static_range(BLOCKS):
+        columns, inside = _block_of_rows(block, row_inside, width, BLOCK, WHOLE)
+        xs += (load_tile(x_ptr, rows, x_stride, columns, inside),)
+        residuals += (load_tile(residual_ptr, rows, residual_stride, columns, inside),)
+    zs = ()
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        columns, inside = _block_of_rows(block, row_inside, width, BLOCK, WHOLE)
+        keep = keep_tile(seed_ptr, threshold, rows, block * BLOCK, ROWS, BLOCK)
+        z = added(xs[block], residuals[block], keep, scale, Z_DTYPE)
+        store_tile(z_ptr, rows, width, columns, inside, z)
+        sums += z
+        zs += (z,)
+    mean = tl.zeros([ROWS], tl.float32)
     if mean_ptr is not None:
-        mean = tl.sum(z, 1) / width
+        mean = tl.sum(sums, 1) / width
         tl.store(mean_ptr + rows, mean, mask=row_inside)
-        z = tl.where(inside, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(z * z, 1) / width + eps)
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        columns, inside = _block_of_rows(block, row_inside, width, BLOCK, WHOLE)
+        difference = zs[block] - mean[:, None]
+        if mean_ptr is not None and not WHOLE:
+            difference = tl.where(inside, difference, 0.0)
+        squares += difference * difference
+    rstd = tl.rsqrt(tl.sum(squares, 1) / width + eps)
     tl.store(rstd_ptr + rows, rstd, mask=row_inside)
-    weight = load_vector(weight_ptr, columns, column_inside, 1.0)
-    bias = load_vector(bias_ptr, columns, column_inside, 0.0)
-    store_tile(y_ptr, rows, width, columns, inside, z * rstd[:, None] * weight + bias)
+    for block in tl.static_range(BLOCKS):
+        columns, inside = _block_of_rows(block, row_inside, width, BLOCK, WHOLE)
+        weight = load_vector(weight_ptr, columns, columns < width, 1.0)
+        bias = load_vector(bias_ptr, columns, columns < width, 0.0)
+        y = (zs[block] - mean[:, None]) * rstd[:, None] * weight + bias
+        store_tile(y_ptr, rows, width, columns, inside, y)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
