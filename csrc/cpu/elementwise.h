@@ -17,11 +17,11 @@ struct Elementwise {
 };
 
 struct ElementwiseKernels {
-  // out = dropout(act(x + bias)); bits: mask_room(calls of a tile's row).
-  void (*forward)(const Elementwise&, const Tile&, uint16_t* bits);
+  // out = dropout(act(x + bias)); words: mask_room(calls of a tile's row).
+  void (*forward)(const Elementwise&, const Tile&, uint32_t* words);
   // out = dropout(grad) act'(x + bias); its sums over the tile's rows are added to sums,
   // (columns of the tile,), unless that is missing.
-  void (*backward)(const Elementwise&, const Tile&, uint16_t* bits, float* sums);
+  void (*backward)(const Elementwise&, const Tile&, uint32_t* words, float* sums);
 };
 
 FUSEDFORMER_TABLE(ElementwiseKernels, elementwise_kernels);

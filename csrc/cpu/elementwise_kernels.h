@@ -18,18 +18,18 @@ inline __attribute__((always_inline)) void each_16(int64_t from, int64_t until, 
 }
 
 template <class T, class Act>
-void forward(const Elementwise& a, const Tile& tile, uint16_t* bits) {
-  const Floats scale = splat(a.dropout.scale);
-  Masks masks(a.dropout, a.tag, tile, bits);
+void forward(const Elementwise& a, const Tile& tile, uint32_t* words) {
+  const Keep keep(a.dropout);
+  Masks masks(a.dropout, a.tag, tile, words);
   for (int64_t row = tile.first; row < tile.last; ++row) {
     const T* x = row_of<T>(a.x, row);
     T* out = row_to<T>(a.out, row);
-    const uint16_t* keep = masks.of(row);
+    const uint32_t* words_of_row = masks.of(row);
     each_16(tile.from, tile.until, [&](int64_t column, auto n) __attribute__((always_inline)) {
       Floats z = load(x + column, n);
       if (a.bias) z = z + load(a.bias + column, n);
       z = Act::value(z);
-      if (keep) z = dropped(z, keep[(column - tile.from) / kLanes], scale);
+      if (words_of_row) z = keep(z, words_of_row + (column - tile.from) / 4);
       put(out + column, z, n, a.stream);
     });
   }
@@ -37,19 +37,19 @@ void forward(const Elementwise& a, const Tile& tile, uint16_t* bits) {
 }
 
 template <class T, class Act>
-void backward(const Elementwise& a, const Tile& tile, uint16_t* bits, float* sums) {
-  const Floats scale = splat(a.dropout.scale);
-  Masks masks(a.dropout, a.tag, tile, bits);
+void backward(const Elementwise& a, const Tile& tile, uint32_t* words, float* sums) {
+  const Keep keep(a.dropout);
+  Masks masks(a.dropout, a.tag, tile, words);
   for (int64_t row = tile.first; row < tile.last; ++row) {
     const T* x = row_of<T>(a.x, row);
     const T* grad = row_of<T>(a.grad, row);
     T* out = row_to<T>(a.out, row);
-    const uint16_t* keep = masks.of(row);
+    const uint32_t* words_of_row = masks.of(row);
     each_16(tile.from, tile.until, [&](int64_t column, auto n) __attribute__((always_inline)) {
       Floats z = load(x + column, n);
       if (a.bias) z = z + load(a.bias + column, n);
       Floats g = load(grad + column, n);
-      if (keep) g = dropped(g, keep[(column - tile.from) / kLanes], scale);
+      if (words_of_row) g = keep(g, words_of_row + (column - tile.from) / 4);
       g = g * Act::slope(z);
       if (sums) {
         float* at = sums + column - tile.from;
@@ -64,40 +64,40 @@ void backward(const Elementwise& a, const Tile& tile, uint16_t* bits, float* sum
 // --- By dtype and activation ---------------------------------------------------------------------
 
 template <class T>
-void forward_of(const Elementwise& a, const Tile& tile, uint16_t* bits) {
+void forward_of(const Elementwise& a, const Tile& tile, uint32_t* words) {
   switch (a.activation) {
-    case Activation::none: return forward<T, Identity>(a, tile, bits);
-    case Activation::gelu: return forward<T, Gelu>(a, tile, bits);
-    case Activation::gelu_tanh: return forward<T, GeluTanh>(a, tile, bits);
-    case Activation::relu: return forward<T, Relu>(a, tile, bits);
-    case Activation::silu: return forward<T, Silu>(a, tile, bits);
+    case Activation::none: return forward<T, Identity>(a, tile, words);
+    case Activation::gelu: return forward<T, Gelu>(a, tile, words);
+    case Activation::gelu_tanh: return forward<T, GeluTanh>(a, tile, words);
+    case Activation::relu: return forward<T, Relu>(a, tile, words);
+    case Activation::silu: return forward<T, Silu>(a, tile, words);
   }
 }
 
 template <class T>
-void backward_of(const Elementwise& a, const Tile& tile, uint16_t* bits, float* sums) {
+void backward_of(const Elementwise& a, const Tile& tile, uint32_t* words, float* sums) {
   switch (a.activation) {
     case Activation::none: return;  // dropout's backward is its forward
-    case Activation::gelu: return backward<T, Gelu>(a, tile, bits, sums);
-    case Activation::gelu_tanh: return backward<T, GeluTanh>(a, tile, bits, sums);
-    case Activation::relu: return backward<T, Relu>(a, tile, bits, sums);
-    case Activation::silu: return backward<T, Silu>(a, tile, bits, sums);
+    case Activation::gelu: return backward<T, Gelu>(a, tile, words, sums);
+    case Activation::gelu_tanh: return backward<T, GeluTanh>(a, tile, words, sums);
+    case Activation::relu: return backward<T, Relu>(a, tile, words, sums);
+    case Activation::silu: return backward<T, Silu>(a, tile, words, sums);
   }
 }
 
-void forward_tile(const Elementwise& a, const Tile& tile, uint16_t* bits) {
+void forward_tile(const Elementwise& a, const Tile& tile, uint32_t* words) {
   switch (a.x.type) {
-    case Type::float32: return forward_of<float>(a, tile, bits);
-    case Type::float16: return forward_of<Half>(a, tile, bits);
-    case Type::bfloat16: return forward_of<BFloat16>(a, tile, bits);
+    case Type::float32: return forward_of<float>(a, tile, words);
+    case Type::float16: return forward_of<Half>(a, tile, words);
+    case Type::bfloat16: return forward_of<BFloat16>(a, tile, words);
   }
 }
 
-void backward_tile(const Elementwise& a, const Tile& tile, uint16_t* bits, float* sums) {
+void backward_tile(const Elementwise& a, const Tile& tile, uint32_t* words, float* sums) {
   switch (a.x.type) {
-    case Type::float32: return backward_of<float>(a, tile, bits, sums);
-    case Type::float16: return backward_of<Half>(a, tile, bits, sums);
-    case Type::bfloat16: return backward_of<BFloat16>(a, tile, bits, sums);
+    case Type::float32: return backward_of<float>(a, tile, words, sums);
+    case Type::float16: return backward_of<Half>(a, tile, words, sums);
+    case Type::bfloat16: return backward_of<BFloat16>(a, tile, words, sums);
   }
 }
 

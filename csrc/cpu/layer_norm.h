@@ -40,10 +40,10 @@ constexpr int64_t kNormTurns = 1024;
 constexpr int64_t norm_pitch(int64_t width) { return (width + 31) / 16 * 16; }
 
 struct NormKernels {
-  // row: 2 norm_pitch(width) floats (backward: width); bits: mask_room(calls).
-  void (*forward)(const NormForward&, int64_t first, int64_t last, float* row, uint16_t* bits);
+  // row: 2 norm_pitch(width) floats (backward: width); words: mask_room(calls).
+  void (*forward)(const NormForward&, int64_t first, int64_t last, float* row, uint32_t* words);
   // weight_sums, bias_sums: (width,), of these rows; missing where not wanted.
-  void (*backward)(const NormBackward&, int64_t first, int64_t last, float* row, uint16_t* bits,
+  void (*backward)(const NormBackward&, int64_t first, int64_t last, float* row, uint32_t* words,
                    float* weight_sums, float* bias_sums);
 };
 

@@ -11,23 +11,22 @@ namespace {
 
 // z = residual + dropout(x) of 16 columns, as it is after rounding to its dtype.
 template <class X, class Z, class N>
-inline Floats made_z(const X* x, const Z* residual, const uint16_t* bits, const Floats& scale,
+inline Floats made_z(const X* x, const Z* residual, const uint32_t* words, const Keep& keep,
                      int64_t column, N n) {
   Floats z = load(x + column, n);
-  if (bits) z = dropped(z, bits[column / kLanes], scale);
+  if (words) z = keep(z, words + column / 4);
   if (residual) z = z + load(residual + column, n);
   return as_stored(z, static_cast<Z*>(nullptr));
 }
 
 template <class X, class Z>
-void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, uint16_t* bits) {
+void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, uint32_t* words) {
   const int64_t width = a.width;
   const float inverse_width = 1.0f / static_cast<float>(width);
   const float *weight = a.weight, *bias = a.bias;
   const bool past_caches = a.stream;
-  const int64_t ahead = a.stream ? a.x.stride : 0;
-  const Floats scale = splat(a.dropout.scale);
-  Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, bits);
+  const Keep keep(a.dropout);
+  Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, words);
 
   // Where the buffers of two rows stay in the nearest cache, a row is finished between the passes
   // of the next one, so that nothing waits for a sum, a root or a quotient.
@@ -36,7 +35,8 @@ void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, u
   const auto finish = [&](int64_t row, const float* z_row, float its_mean) {
     X* y = row_to<X>(a.y, row);
     const Floats centre = splat(its_mean), factor = splat(a.rstd[row]);
-    for_columns<2>(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+    for_columns<2>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+      if (!past_caches) fetch<for_writing>(y + column, u);
       const Floats normed = (load(z_row + column, n) - centre) * factor;
       const Floats out = fma(normed, load(weight + column, n), load(bias + column, n));
       put(y + column, out, n, past_caches);
@@ -48,13 +48,14 @@ void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, u
     const X* x = row_of<X>(a.x, row);
     const Z* residual = a.residual.data ? row_of<Z>(a.residual, row) : nullptr;
     Z* z_out = a.z.data ? row_to<Z>(a.z, row) : nullptr;
-    const uint16_t* keep = masks.of(row);
+    const uint32_t* random = masks.of(row);
 
     // The sum of squares is RMS norm's; layer norm's are those about the mean.
     Sums<2> sums, squares;
     for_columns<2>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
-      if (ahead) __builtin_prefetch(x + ahead + column);
-      const Floats z = made_z(x, residual, keep, scale, column, n);
+      fetch(x + column, u);
+      if (residual) fetch(residual + column, u);
+      const Floats z = made_z(x, residual, random, keep, column, n);
       store(z_row + column, z, n);
       if (z_out) put(z_out + column, z, n, past_caches);
       const Floats addend = inside(z, n);
@@ -83,14 +84,14 @@ void forward(const NormForward& a, int64_t first, int64_t last, float* buffer, u
 }
 
 template <class X, class Z>
-void backward(const NormBackward& a, int64_t first, int64_t last, float* buffer, uint16_t* bits,
+void backward(const NormBackward& a, int64_t first, int64_t last, float* buffer, uint32_t* words,
               float* weight_sums, float* bias_sums) {
   const int64_t width = a.width;
   const float inverse_width = 1.0f / static_cast<float>(width);
   const float* weight = a.weight;
   const bool past_caches = a.stream, prenorm = a.prenorm;
-  const Floats scale = splat(a.dropout.scale);
-  Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, bits);
+  const Keep keep(a.dropout);
+  Masks masks(a.dropout, philox::kDropoutAddNorm, {first, last, 0, width}, words);
   for (int64_t row = first; row < last; ++row) {
     const X* x = row_of<X>(a.source, row);
     const Z* z_in = row_of<Z>(a.source, row);
@@ -99,13 +100,21 @@ void backward(const NormBackward& a, int64_t first, int64_t last, float* buffer,
     const Z* grad_z = a.grad_z.data ? row_of<Z>(a.grad_z, row) : nullptr;
     X* grad_x = row_to<X>(a.grad_x, row);
     Z* grad_residual = a.grad_residual.data ? row_to<Z>(a.grad_residual, row) : nullptr;
-    const uint16_t* keep = masks.of(row);
+    const uint32_t* random = masks.of(row);
     const Floats centre = splat(a.mean ? a.mean[row] : 0.0f), rstd = splat(a.rstd[row]);
 
     Sums<2> sums, products;
     for_columns<2>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
-      const Floats z =
-          prenorm ? load(z_in + column, n) : made_z(x, residual, keep, scale, column, n);
+      fetch(grad_y + column, u);
+      Floats z;
+      if (prenorm) {
+        fetch(z_in + column, u);
+        z = load(z_in + column, n);
+      } else {
+        fetch(x + column, u);
+        if (residual) fetch(residual + column, u);
+        z = made_z(x, residual, random, keep, column, n);
+      }
       const Floats normed = inside((z - centre) * rstd, n);
       store(buffer + column, normed, n);
       const Floats upstream = load(grad_y + column, n);
@@ -124,12 +133,16 @@ void backward(const NormBackward& a, int64_t first, int64_t last, float* buffer,
     masks.prepare(row + 1);
     const Floats along = splat(products.total() * inverse_width);
     const Floats shift = splat(a.mean ? sums.total() * inverse_width : 0.0f);
-    for_columns<2>(width, [&](int64_t column, int, auto n) __attribute__((always_inline)) {
+    for_columns<2>(width, [&](int64_t column, int u, auto n) __attribute__((always_inline)) {
+      if (!past_caches) {
+        fetch<for_writing>(grad_x + column, u);
+        if (grad_residual) fetch<for_writing>(grad_residual + column, u);
+      }
       const Floats upstream = load(grad_y + column, n) * load(weight + column, n);
       Floats grad = fnma(load(buffer + column, n), along, upstream - shift) * rstd;
       if (grad_z) grad = grad + load(grad_z + column, n);
       if (grad_residual) put(grad_residual + column, grad, n, past_caches);
-      if (keep) grad = dropped(grad, keep[column / kLanes], scale);
+      if (random) grad = keep(grad, random + column / 4);
       put(grad_x + column, grad, n, past_caches);
     });
   }
@@ -158,23 +171,23 @@ void backward_of(Type z, const Args&... args) {
     backward<X, BFloat16>(args...);
 }
 
-void forward_rows(const NormForward& a, int64_t first, int64_t last, float* row, uint16_t* bits) {
+void forward_rows(const NormForward& a, int64_t first, int64_t last, float* row, uint32_t* words) {
   if (a.x.type == Type::float32)
-    forward_of<float>(a.z_type, a, first, last, row, bits);
+    forward_of<float>(a.z_type, a, first, last, row, words);
   else if (a.x.type == Type::float16)
-    forward_of<Half>(a.z_type, a, first, last, row, bits);
+    forward_of<Half>(a.z_type, a, first, last, row, words);
   else
-    forward_of<BFloat16>(a.z_type, a, first, last, row, bits);
+    forward_of<BFloat16>(a.z_type, a, first, last, row, words);
 }
 
-void backward_rows(const NormBackward& a, int64_t first, int64_t last, float* row, uint16_t* bits,
+void backward_rows(const NormBackward& a, int64_t first, int64_t last, float* row, uint32_t* words,
                    float* weight_sums, float* bias_sums) {
   if (a.grad_y.type == Type::float32)
-    backward_of<float>(a.z_type, a, first, last, row, bits, weight_sums, bias_sums);
+    backward_of<float>(a.z_type, a, first, last, row, words, weight_sums, bias_sums);
   else if (a.grad_y.type == Type::float16)
-    backward_of<Half>(a.z_type, a, first, last, row, bits, weight_sums, bias_sums);
+    backward_of<Half>(a.z_type, a, first, last, row, words, weight_sums, bias_sums);
   else
-    backward_of<BFloat16>(a.z_type, a, first, last, row, bits, weight_sums, bias_sums);
+    backward_of<BFloat16>(a.z_type, a, first, last, row, words, weight_sums, bias_sums);
 }
 
 }  // namespace

@@ -108,8 +108,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> dropout_add_layer_nor
   const NormKernels& kernels = FUSEDFORMER_PICK(norm_kernels);
   torch::stable::parallel_for(0, rows, divided_up(kGrain, width), [&](int64_t first, int64_t last) {
     const Scratch<float> row(2 * norm_pitch(width));
-    const Scratch<uint16_t> bits(mask_room(divided_up(width, kMaskBits)));
-    kernels.forward(a, first, last, row.data(), bits.data());
+    const Scratch<uint32_t> words(mask_room(divided_up(width, kMaskBits)));
+    kernels.forward(a, first, last, row.data(), words.data());
   });
   return {y, z, mean, rstd};
 }
@@ -154,11 +154,11 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> dropout_add_l
   const Scratch<float> sums(chunks * pitch);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const Scratch<float> row(width), block(pitch);
-    const Scratch<uint16_t> bits(mask_room(divided_up(width, kMaskBits)));
+    const Scratch<uint32_t> words(mask_room(divided_up(width, kMaskBits)));
     for (int64_t n = begin; n < end; ++n)
       sum_blocks(n * chunk, std::min(rows, (n + 1) * chunk), pitch, sums.data() + n * pitch,
                  block.data(), [&](int64_t first, int64_t last, float* into) {
-                   kernels.backward(a, first, last, row.data(), bits.data(),
+                   kernels.backward(a, first, last, row.data(), words.data(),
                                     grad_weight ? into : nullptr,
                                     grad_bias ? into + width : nullptr);
                  });
@@ -200,9 +200,9 @@ Tensor elementwise_forward(const Tensor& x, const OptionalTensor& bias, uint32_t
   const int64_t tasks = divided_up(rows, row_chunk) * divided_up(width, kTileColumns);
   const ElementwiseKernels& kernels = FUSEDFORMER_PICK(elementwise_kernels);
   torch::stable::parallel_for(0, tasks, 4, [&](int64_t begin, int64_t end) {
-    uint16_t bits[mask_room(kTileColumns / kMaskBits)];
+    uint32_t words[mask_room(kTileColumns / kMaskBits)];
     for (int64_t task = begin; task < end; ++task)
-      kernels.forward(a, tile_of(task, row_chunk, rows, width), bits);
+      kernels.forward(a, tile_of(task, row_chunk, rows, width), words);
   });
   return out;
 }
@@ -244,18 +244,18 @@ std::tuple<Tensor, OptionalTensor> bias_activation_bwd(Tensor grad_out, Tensor x
   const Scratch<float> sums(grad_bias ? chunks * width : 0);
   const ElementwiseKernels& kernels = FUSEDFORMER_PICK(elementwise_kernels);
   torch::stable::parallel_for(0, chunks * across, 1, [&](int64_t begin, int64_t end) {
-    uint16_t bits[mask_room(kTileColumns / kMaskBits)];
+    uint32_t words[mask_room(kTileColumns / kMaskBits)];
     const Scratch<float> block(columns);
     for (int64_t task = begin; task < end; ++task) {
       const Tile tile = tile_of(task, row_chunk, rows, width);
       if (!grad_bias) {
-        kernels.backward(a, tile, bits, nullptr);
+        kernels.backward(a, tile, words, nullptr);
         continue;
       }
       sum_blocks(tile.first, tile.last, tile.until - tile.from,
                  sums.data() + task / across * width + tile.from, block.data(),
                  [&](int64_t first, int64_t last, float* into) {
-                   kernels.backward(a, {first, last, tile.from, tile.until}, bits, into);
+                   kernels.backward(a, {first, last, tile.from, tile.until}, words, into);
                  });
     }
   });

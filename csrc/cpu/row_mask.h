@@ -1,4 +1,6 @@
-// Dropout masks of rows: 16 bits, one for each column of a call, for many calls at a time.
+// Dropout masks of rows: random words, four for each 16 columns, made for many columns at a time.
+// What they decide is worked out where it is used, by a load, a rotation and a comparison: less
+// than packing it as bits and taking them apart again.
 #pragma once
 
 #include "../philox.h"
@@ -47,62 +49,24 @@ inline void philox4x32(uint64_t seed, Calls c[4]) {
   }
 }
 
+// The four words of each call side by side.
+inline void store_words(const Calls c[4], uint32_t* words) {
 #if defined(__AVX512F__)
-// Of the call in a quarter of a register: which of its 16 elements are kept.
-template <int quarter>
-inline uint16_t kept(__m512i words, __m512i threshold) {
-  const __m512i rotations =
-      _mm512_setr_epi32(0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24);
-  const __m512i all = _mm512_shuffle_i32x4(words, words, 0x55 * quarter);
-  return _mm512_cmpge_epu32_mask(_mm512_rolv_epi32(all, rotations), threshold);
-}
-
-inline void keep_bits(const Calls c[4], uint32_t threshold, uint16_t* bits) {
-  const __m512i limit = _mm512_set1_epi32(static_cast<int>(threshold));
-  // Words 0 and 1, then 2 and 3, of each call side by side; then all four of every other call.
   const __m512i w01 = _mm512_mask_blend_epi32(0xAAAA, c[0], _mm512_slli_epi64(c[1], 32));
   const __m512i w23 = _mm512_mask_blend_epi32(0xAAAA, c[2], _mm512_slli_epi64(c[3], 32));
-  const __m512i even = _mm512_unpacklo_epi64(w01, w23), odd = _mm512_unpackhi_epi64(w01, w23);
-  bits[0] = kept<0>(even, limit);
-  bits[1] = kept<0>(odd, limit);
-  bits[2] = kept<1>(even, limit);
-  bits[3] = kept<1>(odd, limit);
-  bits[4] = kept<2>(even, limit);
-  bits[5] = kept<2>(odd, limit);
-  bits[6] = kept<3>(even, limit);
-  bits[7] = kept<3>(odd, limit);
-}
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  _mm512_storeu_si512(words, _mm512_permutex2var_epi64(w01, first, w23));
+  _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64(w01, second, w23));
 #else
-inline uint16_t kept(__m256i words, __m256i below) {
-  // Bytes 0 and 1 in one register, 2 and 3 in the other. x < t is min(x, t - 1) == x.
-  const auto dropped = [&](__m256i left, __m256i right) {
-    const __m256i x =
-        _mm256_or_si256(_mm256_sllv_epi32(words, left), _mm256_srlv_epi32(words, right));
-    const __m256i drop = _mm256_cmpeq_epi32(_mm256_min_epu32(x, below), x);
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(drop)));
-  };
-  const unsigned low = dropped(_mm256_setr_epi32(0, 0, 0, 0, 8, 8, 8, 8),
-                               _mm256_setr_epi32(32, 32, 32, 32, 24, 24, 24, 24));
-  const unsigned top = dropped(_mm256_setr_epi32(16, 16, 16, 16, 24, 24, 24, 24),
-                               _mm256_setr_epi32(16, 16, 16, 16, 8, 8, 8, 8));
-  return static_cast<uint16_t>(~(low | top << 8));
-}
-
-inline void keep_bits(const Calls c[4], uint32_t threshold, uint16_t* bits) {
-  if (threshold == 0) {
-    memset(bits, 0xFF, kCalls * sizeof *bits);
-    return;
-  }
-  const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold - 1));
   const __m256i w01 = _mm256_blend_epi32(c[0], _mm256_slli_epi64(c[1], 32), 0xAA);
   const __m256i w23 = _mm256_blend_epi32(c[2], _mm256_slli_epi64(c[3], 32), 0xAA);
   const __m256i even = _mm256_unpacklo_epi64(w01, w23), odd = _mm256_unpackhi_epi64(w01, w23);
-  bits[0] = kept(_mm256_permute2x128_si256(even, even, 0x00), below);
-  bits[1] = kept(_mm256_permute2x128_si256(odd, odd, 0x00), below);
-  bits[2] = kept(_mm256_permute2x128_si256(even, even, 0x11), below);
-  bits[3] = kept(_mm256_permute2x128_si256(odd, odd, 0x11), below);
-}
+  __m256i* out = reinterpret_cast<__m256i*>(words);
+  _mm256_storeu_si256(out, _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
 #endif
+}
 
 #else
 
@@ -110,12 +74,12 @@ constexpr int kCalls = 1;
 
 #endif
 
-// The bits of n_calls calls from first_call on, for each of n_rows rows from first_row on:
-// bits[n_calls * row + call], 1 = kept. Fills whole vectors: up to 7 more. Not inline,
-// as it is much code and runs for a row or more.
-__attribute__((noinline)) void rows_keep(uint64_t seed, uint32_t tag, uint32_t threshold,
-                                         int64_t first_row, int64_t n_rows, int64_t first_call,
-                                         int64_t n_calls, uint16_t* bits) {
+// The words of n_calls calls from first_call on, for each of n_rows rows from first_row on: four at
+// words + 4 (n_calls row + call). Fills whole vectors: up to 7 calls more. Not inline, as it is
+// much code and runs for a row or more.
+__attribute__((noinline)) void rows_words(uint64_t seed, uint32_t tag, int64_t first_row,
+                                          int64_t n_rows, int64_t first_call, int64_t n_calls,
+                                          uint32_t* words) {
   int64_t row = first_row, call = 0;
   const int64_t total = n_rows * n_calls;
   // The calls of consecutive positions go on into the next row, so that short rows fill vectors.
@@ -151,15 +115,10 @@ __attribute__((noinline)) void rows_keep(uint64_t seed, uint32_t tag, uint32_t t
       memcpy(c, counter, sizeof c);
     }
     philox4x32(seed, c);
-    keep_bits(c, threshold, bits + at);
+    store_words(c, words + 4 * at);
 #else
-    uint32_t words[4];
-    philox::rows_counter(row, first_call + call, tag, words);
-    philox::philox4x32(seed, words);
-    unsigned kept = 0;
-    for (int element = 0; element < kLanes; ++element)
-      if (philox::kept(words[element % 4], element / 4, threshold)) kept |= 1u << element;
-    bits[at] = static_cast<uint16_t>(kept);
+    philox::rows_counter(row, first_call + call, tag, words + 4 * at);
+    philox::philox4x32(seed, words + 4 * at);
     if (++call == n_calls) {
       call = 0;
       ++row;
@@ -171,20 +130,20 @@ __attribute__((noinline)) void rows_keep(uint64_t seed, uint32_t tag, uint32_t t
 // The masks of a tile's rows, which are asked for in ascending order.
 class Masks {
  public:
-  Masks(const Dropout& dropout, uint32_t tag, const Tile& tile, uint16_t* bits)
+  Masks(const Dropout& dropout, uint32_t tag, const Tile& tile, uint32_t* words)
       : dropout_(dropout),
         tag_(tag),
         tile_(tile),
-        bits_(bits),
+        words_(words),
         calls_((tile.until - tile.from + kLanes - 1) / kLanes),
         rows_(calls_ < kMaskCalls ? kMaskCalls / calls_ : 1),
         made_(tile.first) {}
 
-  // 16 bits for each call of the row; missing where there is no dropout.
-  const uint16_t* of(int64_t row) {
+  // Four words for each call of the row; missing where there is no dropout.
+  const uint32_t* of(int64_t row) {
     if (!dropout_.on) return nullptr;
     if (row >= made_) make(row);
-    return current() + (row - start_) * calls_;
+    return current() + 4 * (row - start_) * calls_;
   }
 
   // Makes the next row's mask, if it is not there, beside that of the row asked for last. To be
@@ -194,20 +153,19 @@ class Masks {
   }
 
  private:
-  uint16_t* current() const { return second_ ? bits_ + mask_room(calls_) / 2 : bits_; }
+  uint32_t* current() const { return second_ ? words_ + mask_room(calls_) / 2 : words_; }
 
   void make(int64_t row) {
     second_ = !second_;
     start_ = row;
     made_ = row + rows_ < tile_.last ? row + rows_ : tile_.last;
-    rows_keep(dropout_.seed, tag_, dropout_.threshold, start_, made_ - start_, tile_.from / kLanes,
-              calls_, current());
+    rows_words(dropout_.seed, tag_, start_, made_ - start_, tile_.from / kLanes, calls_, current());
   }
 
   const Dropout& dropout_;
   const uint32_t tag_;
   const Tile tile_;
-  uint16_t* const bits_;
+  uint32_t* const words_;
   const int64_t calls_, rows_;
   int64_t made_, start_ = 0;
   bool second_ = false;
@@ -222,10 +180,67 @@ T* row_to(const Matrix& matrix, int64_t row) {
   return static_cast<T*>(matrix.data) + row * matrix.stride;
 }
 
-// Applies a mask to 16 values: those kept are scaled, those dropped are 0 whatever they held.
-inline Floats dropped(const Floats& x, uint16_t bits, const Floats& scale) {
-  return select(lanes(bits), x * scale, splat(0.0f));
-}
+// Decides from the four words of a call which of its 16 elements are kept: element e by word e % 4,
+// rotated by e / 4 bytes.
+class Keep {
+ public:
+  explicit Keep(const Dropout& dropout) : scale_(splat(dropout.scale)) {
+#if defined(__AVX512F__)
+    threshold_ = _mm512_set1_epi32(static_cast<int>(dropout.threshold));
+#elif defined(__AVX2__)
+    threshold_ = _mm256_set1_epi32(static_cast<int>(dropout.threshold));
+#else
+    threshold_ = dropout.threshold;
+#endif
+  }
+
+  // Those kept are scaled, those dropped are 0 whatever they held.
+  Floats operator()(const Floats& x, const uint32_t* words) const {
+    return select(kept(words), x * scale_, splat(0.0f));
+  }
+
+ private:
+#if defined(__AVX512F__)
+  Mask kept(const uint32_t* words) const {
+    const __m512i rotations =
+        _mm512_setr_epi32(0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24);
+    const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
+    const __m512i all = _mm512_rolv_epi32(_mm512_broadcast_i32x4(four), rotations);
+    return _mm512_cmpge_epu32_mask(all, threshold_);
+  }
+  __m512i threshold_;
+#elif defined(__AVX2__)
+  Mask kept(const uint32_t* words) const {
+    // A rotation by bytes is an order of bytes.
+    const __m128i byte0 = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m128i byte1 = _mm_setr_epi8(3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10, 15, 12, 13, 14);
+    const __m128i byte2 = _mm_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    const __m128i byte3 = _mm_setr_epi8(1, 2, 3, 0, 5, 6, 7, 4, 9, 10, 11, 8, 13, 14, 15, 12);
+    const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
+    const __m256i all = _mm256_broadcastsi128_si256(four);
+    return {at_least(_mm256_shuffle_epi8(all, _mm256_setr_m128i(byte0, byte1))),
+            at_least(_mm256_shuffle_epi8(all, _mm256_setr_m128i(byte2, byte3)))};
+  }
+  __m256 at_least(__m256i x) const {
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(x, threshold_), x));
+  }
+  __m256i threshold_;
+#else
+  Mask kept(const uint32_t* words) const {
+    typedef uint32_t FourWords __attribute__((vector_size(16)));
+    const FourWords least = FourWords{} + threshold_;
+    FourWords four;
+    memcpy(&four, words, sizeof four);
+    Mask mask;
+    mask.v[0] = four >= least;
+    for (int byte = 1; byte < 4; ++byte)
+      mask.v[byte] = (four << 8 * byte | four >> (32 - 8 * byte)) >= least;
+    return mask;
+  }
+  uint32_t threshold_;
+#endif
+  Floats scale_;
+};
 
 }  // namespace
 }  // namespace fusedformer

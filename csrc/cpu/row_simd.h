@@ -58,6 +58,16 @@ inline void put(T* p, const Floats& a, Part n, bool) {
   store(p, a, n);
 }
 
+// Asks for a cache line that the loop over columns will come to 2 KB later, in this row or the next
+// ones: several matrices read and written in turns are more than the processor foresees by itself,
+// least of all the lines that it must read before it writes them. u is that of for_columns(): of 16
+// bits, two steps share a line. What lies past a matrix is never touched.
+enum Purpose { for_reading, for_writing };
+template <Purpose purpose = for_reading, class T>
+inline void fetch(const T* p, int u) {
+  if (sizeof(T) == 4 || u % 2 == 0) __builtin_prefetch(p + 2048 / sizeof(T), purpose);
+}
+
 // What lies past the end of a row counts as 0 in a sum, as -infinity in a maximum.
 inline Floats inside(const Floats& a, Whole, float = 0.0f) { return a; }
 inline Floats inside(const Floats& a, Part part, float outside = 0.0f) {

@@ -29,10 +29,10 @@ struct Tile {
 };
 
 // Masks are made for one row at a time, or for several that together have about so many calls; a
-// buffer holds two such times and what a last vector writes beyond.
+// buffer holds two such times, four words a call, and what a last vector writes beyond.
 constexpr int64_t kMaskCalls = 32;
 constexpr int64_t mask_room(int64_t calls) {
-  return 2 * ((calls > kMaskCalls ? calls : kMaskCalls) + 8);
+  return 2 * 4 * ((calls > kMaskCalls ? calls : kMaskCalls) + 8);
 }
 
 }  // namespace fusedformer
