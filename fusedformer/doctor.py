@@ -166,15 +166,25 @@ def text(report: dict[str, Any]) -> str:
         for verdicts, ops in alike.items():
             lines += _wrapped(", ".join(ops), "  ")
             lines += [line for verdict in verdicts for line in _wrapped(verdict, "      ")]
-    errors = {
-        f"{name} {row['op']}": backend["import_error"]
-        for row in report["ops"]
-        for name, backend in row["backends"].items()
-        if backend["import_error"]
-    }
-    for what, error in errors.items():
-        lines += ["", f"import of {what} failed:", error.rstrip()]
+    for (backend, _), (ops, error) in _failed_imports(report).items():
+        lines += ["", *_wrapped(f"import of {backend} failed, for {', '.join(ops)}:", ""), error]
     return "\n".join(lines)
+
+
+def _failed_imports(report: dict[str, Any]) -> dict[tuple[str, str], tuple[list[str], str]]:
+    """By backend and last line: the ops that fail so, each once, and the first one's traceback."""
+    found: dict[tuple[str, str], tuple[list[str], str]] = {}
+    for row in report["ops"]:
+        for name, backend in row["backends"].items():
+            error = (backend["import_error"] or "").rstrip()
+            last = error.rpartition("\n")[2]
+            # That Triton is not installed stands in the line of its version already.
+            absent = last == report["versions"]["triton_error"] and "NotFound" in last
+            if error and not absent:
+                ops, _ = found.setdefault((name, last), ([], error))
+                if row["op"] not in ops:
+                    ops.append(row["op"])
+    return found
 
 
 def _native_text(native: dict[str, str | None]) -> str:
