@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusedformer.cli import main
-from fusedformer.transformer import checkpoint, presets
+from fusedformer.transformer import checkpoint, datasets, presets, train_setup
 from fusedformer.transformer.presets import TrainConfig, parse, resolve
 from fusedformer.transformer.train import train
 
@@ -130,6 +130,20 @@ def test_unknown_preset(tmp_path, capsys):
         train("seq2seq", preset="base", out=tmp_path / "out")
     with pytest.raises(ValueError, match="steps must be an int; got '3'"):
         train("gpt", out=tmp_path / "out", steps="3")
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_does_not_hide_the_data_set_of_its_name(tmp_path, monkeypatch):
+    """`train gpt --out shakespeare` leaves one, where `train bert` then reads that data set."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shakespeare").mkdir()
+    (tmp_path / "shakespeare" / "own.txt").write_text("mine")
+    monkeypatch.setattr(datasets, "load", lambda name: [f"the data set {name}"])
+    config = presets.CONFIGS["bert"]()
+    assert train_setup._read_one("shakespeare", "bert", config) == ["the data set shakespeare"]
+    assert train_setup._read_one("./shakespeare", "bert", config) == ["mine"]
 
 
 # --- Data that does not fit -----------------------------------------------------------------------

@@ -106,7 +106,8 @@ def _read(run: Mapping[str, Any], model_config: ModelConfig) -> tuple[Any, Any]:
 
 def _read_one(source: str, task: str, config: ModelConfig) -> Any:
     kind = _KINDS[task]
-    if Path(source).exists():
+    # A folder of a data set's name, such as a run's, does not hide it; ./name is the folder.
+    if source not in datasets.DATASETS and Path(source).exists():
         if kind == "pairs":
             return data.read_pairs(source)
         if kind == "text":
