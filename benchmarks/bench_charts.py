@@ -83,17 +83,19 @@ def _draw_bars(axes: Axes, ink: str, bars: list[Bar], title: str) -> None:
         colour, _ = charts.style(bar.impl)
         axes.barh(place, bar.value, color=colour, height=0.72)
         axes.plot([bar.low, bar.high], [place, place], color=ink, lw=1.2)
-        axes.text(
-            bar.high, place, f"  {bench_tables.times(bar.value)}x", color=ink, fontsize=9,
-            va="center",
+        axes.plot([1.0, 1.0], [place - 0.5, place + 0.5], color=charts.GRID, lw=1.2)
+        axes.annotate(  # to the right of that line, which would cross it
+            f"{bench_tables.times(bar.value)}x", (max(1.0, bar.high), place), xytext=(6, 0),
+            textcoords="offset points", color=ink, fontsize=9, va="center",
         )  # fmt: skip
-    axes.axvline(1.0, color=charts.GRID, lw=1.2)
     axes.set_xscale("log")
     values = [bar for bar in bars if bar.value is not None]
     low = min(1.0, *(bar.low for bar in values))
     high = max(1.0, *(bar.high for bar in values))
     axes.set_xlim(low / 1.15, high * (high / low) ** 0.18 * 1.1)
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [step * 10**power for power in range(-3, 5) for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set_ylim(0.4, len(bars) + 0.6)
@@ -213,29 +215,46 @@ def _draw_roofline(axes: Axes, ink: str, rows: list[dict], ceilings: dict) -> No
     intensities = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(intensities) / 2, max(intensities) * 2
     slope = ceilings["copy_gbps"] / 1e3  # TFLOP/s at one operation a byte
+    speeds = [row["flops"] / row["ms"]["median"] / 1e9 for row in rows]
     dtypes = {row["case"]["dtype"] for row in rows}
-    for dtype, flat in ceilings["matmul_tflops"].items():
-        if flat is None or dtype not in dtypes:
-            continue
-        bend = flat / slope
-        xs = [low, bend, max(high, 2 * bend)] if low < bend else [low, max(high, 2 * low)]
+    flats = {
+        dtype: flat for dtype, flat in ceilings["matmul_tflops"].items() if flat and dtype in dtypes
+    }
+    end = max([high, *(2 * flat / slope for flat in flats.values())])
+    for flat in flats.values():
+        xs = sorted({low, min(max(low, flat / slope), end), end})
         axes.plot(xs, [min(flat, slope * x) for x in xs], color=ink, lw=1.4)
-        axes.text(xs[-1], flat, f"{dtype} product ", color=ink, fontsize=9, ha="right", va="bottom")
+    for names, flat in _apart(flats):
+        axes.annotate(
+            f"{names} product", (1.0, flat), xytext=(4, 0), textcoords="offset points",
+            xycoords=axes.get_yaxis_transform(), color=ink, fontsize=9, va="center",
+        )  # fmt: skip
     seen = set()
-    for row, x in zip(rows, intensities, strict=True):
+    for row, x, y in zip(rows, intensities, speeds, strict=True):
         colour, marker = charts.style(row["impl"])
         label = None if row["impl"] in seen else row["impl"]
         seen.add(row["impl"])
-        y = row["flops"] / row["ms"]["median"] / 1e9
         axes.plot(x, y, marker, color=colour, ms=6, alpha=0.85, label=label, ls="none")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.5 * min(row["flops"] / row["ms"]["median"] / 1e9 for row in rows))
+    axes.set_xlim(low, end)
+    axes.set_ylim(bottom=0.5 * min([*speeds, *flats.values()]))
     charts.decades(axes.xaxis, *axes.get_xlim())
     charts.decades(axes.yaxis, *axes.get_ylim())
     axes.set_xlabel("operations a byte", color=ink)
     axes.set_ylabel("TFLOP/s", color=ink)
     charts.finish(axes, "Roofline: ceilings measured in this run", ink)
+
+
+def _apart(flats: dict[str, float]) -> list[tuple[str, float]]:
+    """Names and heights of ceilings; those too near each other for two lines of text share one."""
+    found: list[tuple[str, float]] = []
+    for name, flat in sorted(flats.items(), key=lambda item: item[1]):
+        if found and flat < 1.6 * found[-1][1]:
+            names, height = found.pop()
+            name, flat = f"{names}, {name}", height
+        found.append((name, flat))
+    return found
 
 
 # --- All ------------------------------------------------------------------------------------------

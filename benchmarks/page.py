@@ -29,6 +29,8 @@ figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
 table { border-collapse: collapse; font-size: .875rem; width: 100%;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .6rem .75rem; background: var(--card); font-weight: 600; }
+caption span { display: inline-block; position: sticky; left: .75rem;
+  max-width: calc(100vw - 4rem); }
 th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap;
   border-top: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
@@ -41,6 +43,7 @@ details { margin: 0 0 .5rem; } summary { cursor: pointer; padding: .3rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .charts.wide { grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); }
+.wide figure { overflow-x: auto; } .wide svg { min-width: 30rem; }
 @media (max-width: 40rem) { table { font-size: .75rem; }
   th, td { padding: .3rem .4rem; } tbody th.text { min-width: 7.5rem; } }
 """
@@ -171,6 +174,6 @@ def table(held: Table) -> str:
     caption = escape(held.caption)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
-        f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<caption><span>{caption}</span></caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         + (f'<ul class="notes">{notes}</ul>' if notes else "")
     )

@@ -153,4 +153,4 @@ def _draw_shares(axes, ink: str, document: dict) -> None:
     axes.set_ylim(0, 100)
     axes.set_xlabel("sequence length N", color=ink)
     axes.set_ylabel("percent of the parts' sum", color=ink)
-    charts.finish(axes, "The quadratic part takes over", ink)
+    charts.finish(axes, "Share of each part", ink)
