@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a table's result file is missing or is no bench result.
     """
     path = Path(args.file)
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; run this in a checkout, or name a file by --file")
     before = path.read_text(encoding="utf-8")
     after = filled(before, RESULTS)
     if before == after:

@@ -159,8 +159,8 @@ class Sweep:
             if seconds > self.left() / len(self.impls):
                 return Outcome(
                     OVER_BUDGET,
-                    reason=f"would take about {seconds:.0f} s; "
-                    f"{max(0.0, self.left()):.0f} s of {self.budget:g} s are left",
+                    reason=f"would take about {seconds:.1f} s, more than its part of the "
+                    f"{self.left():.1f} s that are left of {self.budget:g}",
                 )
             if seen.peak_bytes and seen.backend == backend:
                 needed *= seen.peak_bytes / providers.estimated_bytes(impl, backend, seen.case)

@@ -200,11 +200,15 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--report", action="store_true", help="print what was fused, too")
     args = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, {args.layers} layers, batch {args.batch}, "
+    print(f"threads: {torch.get_num_threads()}; {args.layers} layers, batch {args.batch}, "
           f"{LENGTH} tokens, {args.dtype}; medians of {args.rounds} rounds")  # fmt: skip
     print(f"{'model':25} {'original':>13} {'fused':>13} {'ratio':>9}")
     for name in args.models or MODELS:
-        print(measure(name, args), flush=True)
+        try:
+            line = measure(name, args)
+        except ModuleNotFoundError as error:
+            line = f"{name:15} left out: {error.name} is not installed"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
