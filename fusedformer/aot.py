@@ -140,22 +140,29 @@ def split_options(options: dict) -> tuple[dict, dict]:
     return {k: v for k, v in options.items() if k not in compiler}, compiler
 
 
-def _compile(report: Report, entry: Any) -> None:
-    """Fills in a report on a recorded launch."""
+def compiled(entry: Any, capability: int) -> Any:
+    """A recorded launch as Triton compiles it for a chip of this capability: a CompiledKernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     constexprs, options = split_options(entry.options)
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(entry.kernel, *signature(entry.kernel, entry.args, constexprs)),
-        target=GPUTarget("cuda", report.capability, 32),
+        target=GPUTarget("cuda", capability, 32),
         options=options,
     )
+
+
+def _compile(report: Report, entry: Any) -> None:
+    """Fills in a report on a recorded launch."""
+    import triton
+
+    kernel = compiled(entry, report.capability)
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
-    report.registers, report.stack = _resources(compiled.asm["cubin"], cuobjdump)
-    report.shared = compiled.metadata.shared
-    ptx = compiled.asm["ptx"]
+    report.registers, report.stack = _resources(kernel.asm["cubin"], cuobjdump)
+    report.shared = kernel.metadata.shared
+    ptx = kernel.asm["ptx"]
     report.matrix = next((name for name, text in _MATRIX if re.search(text, ptx)), "-")
 
 

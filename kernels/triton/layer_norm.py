@@ -4,6 +4,7 @@ The kernels are in layer_norm_forward.py and layer_norm_backward.py. Each tensor
 once while a row fits on chip; wider rows are walked in blocks, twice.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -44,6 +45,10 @@ TRITON_DTYPES = {
 }
 
 
+# Of shared memory, in which a program's next tile arrives while it works on this one.
+STAGED_BYTES = 49152
+
+
 @dataclass(frozen=True)
 class Config:
     """A launch configuration: how many rows at a time, in what blocks, by how many warps."""
@@ -52,6 +57,7 @@ class Config:
     block: int
     warps: int
     wide: bool  # a row is walked block after block, as more than there is room for
+    stages: int = 1  # 2: the next tile is read meanwhile
 
 
 def _one_block(width: int, tile: int, elements: int) -> Config:
@@ -75,17 +81,21 @@ def forward_config(width: int) -> Config:
 
 
 @functools.cache
-def backward_config(width: int, replayed: bool) -> Config:
+def backward_config(width: int, replayed: bool, bytes_read: int) -> Config:
     """Tiles of the backward: 8 elements a thread, as it holds the sums of two gradients as well.
 
     Args:
         width: of a row.
         replayed: z is made again, with dropout, so that the mask takes registers throughout.
+        bytes_read: of all tensors, for an element.
     """
-    # 8192 columns are 16 elements a thread of 16 warps, and would spill if replayed.
-    if width <= (4096 if replayed else 8192):
+    # 8192 columns are 16 elements a thread of 16 warps, and would spill if replayed, were it not
+    # for those that wait in shared memory.
+    staged = power_of_2(width) * bytes_read <= STAGED_BYTES
+    if width <= (4096 if replayed and not staged else 8192):
         # Below 256 columns a thread's elements lie in several rows: fewer of them, or they spill.
-        return _one_block(width, 1024 if width > 128 else 512, 8)
+        tile = _one_block(width, 1024 if width > 128 else 512, 8)
+        return dataclasses.replace(tile, stages=2 if staged else 1)
     # Four rows share the traffic of the weight sums that a wide row cannot keep in registers.
     return Config(4, 1024, 16, wide=True)
 
@@ -93,9 +103,10 @@ def backward_config(width: int, replayed: bool) -> Config:
 def backward_programs(n_rows: int, config: Config, device: torch.device) -> int:
     """How many programs share the rows, and so how many rows of weight sums there are.
 
-    16 warps a multiprocessor: what 128 registers a thread leave room for at once.
+    As many as run at once, with 16 to 24 warps a multiprocessor: what some 80 to 128 registers a
+    thread leave room for.
     """
-    most = chip(device).multiprocessors * max(1, 16 // config.warps)
+    most = chip(device).multiprocessors * max(1, (24 if config.rows == 1 else 16) // config.warps)
     return min(cdiv(n_rows, config.rows), most)
 
 
@@ -186,12 +197,12 @@ def _add_up(*pairs: "tuple[Tensor | None, Tensor | None]") -> None:
     programs, width = wanted[0][0].shape
     launch(
         layer_norm_weight_grads_kernel,
-        (cdiv(width, 32),),
+        (len(wanted) * cdiv(width, 32),),
         *(sums, grad, more_sums, more_grad, programs, width),
         UNIT=unit(width),
-        PROGRAMS=64,
+        PROGRAMS=256,
         BLOCK=32,
-        num_warps=4,
+        num_warps=8,
     )
 
 
@@ -216,7 +227,12 @@ def dropout_add_layer_norm_bwd(
     """(dx, dresidual, dweight, dbias), as reference.dropout_add_layer_norm_bwd."""
     width = source.shape[-1]
     n_rows = source.numel() // width
-    config = backward_config(width, replayed=seed is not None and not prenorm)
+    read = (source, residual, grad_y, grad_z)
+    config = backward_config(
+        width,
+        replayed=seed is not None and not prenorm,
+        bytes_read=sum(tensor.element_size() for tensor in read if tensor is not None),
+    )
     programs = backward_programs(n_rows, config, source.device)
     source_rows, source_stride = as_rows(source, width)
     residual_rows, residual_stride = _rows(residual, width)
@@ -238,6 +254,7 @@ def dropout_add_layer_norm_bwd(
         Z_DTYPE=TRITON_DTYPES[z_dtype],
         ROWS=config.rows,
         BLOCK=config.block,
+        **({} if config.wide else {"STAGES": config.stages}),
         num_warps=config.warps,
     )
     _add_up((weight_sums, grad_weight), (bias_sums, grad_bias))

@@ -12,6 +12,7 @@ from fusedformer.kernels.triton.layer_norm_forward import (
     added,
     dropped,
     keep_tile,
+    load_seed,
     load_tile,
     load_vector,
     store_tile,
@@ -54,6 +55,7 @@ def layer_norm_bwd_kernel(
     Z_DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # >= width
+    STAGES: tl.constexpr,  # 2: a tile is read while the one before it is worked on
 ):
     width = width // UNIT * UNIT
     source_stride, residual_stride = source_stride // UNIT * UNIT, residual_stride // UNIT * UNIT
@@ -64,7 +66,9 @@ def layer_norm_bwd_kernel(
     weight = load_vector(weight_ptr, columns, column_inside, 1.0)
     weight_sums = tl.zeros([ROWS, BLOCK], tl.float32)
     bias_sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for tile in range(program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    share = 1.0 / width
+    tiles = tl.cdiv(n_rows, ROWS)
+    for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         row_inside = rows < n_rows
         inside = row_inside[:, None] & column_inside[None, :]
@@ -73,23 +77,27 @@ def layer_norm_bwd_kernel(
         source = load_tile(source_ptr, rows, source_stride, columns, inside)
         residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
         if not PRENORM:
-            keep = keep_tile(seed_ptr, threshold, rows, 0, ROWS, BLOCK)
+            keep = keep_tile(load_seed(seed_ptr), threshold, rows, 0, ROWS, BLOCK)
             source = added(source, residual, keep, scale, Z_DTYPE)
         normed = (source - mean[:, None]) * rstd[:, None]
         if weight_sums_ptr is not None:
             weight_sums += grad_y * normed
         if bias_sums_ptr is not None:
             bias_sums += grad_y
-        grad_normed = grad_y * weight
-        grad = grad_normed - normed * (tl.sum(grad_normed * normed, 1) / width)[:, None]
+        if BLOCK > 4096 and seed_ptr is not None and not PRENORM:
+            # 16 elements a thread and a mask made again: no room to hold weights as well.
+            grad_normed = grad_y * load_vector(weight_ptr, columns, column_inside, 1.0)
+        else:
+            grad_normed = grad_y * weight
+        grad = grad_normed - normed * (tl.sum(grad_normed * normed, 1) * share)[:, None]
         if mean_ptr is not None:
-            grad -= (tl.sum(grad_normed, 1) / width)[:, None]
+            grad -= (tl.sum(grad_normed, 1) * share)[:, None]
         # Loaded last, as what only the end needs takes registers from the sums.
         grad_z = load_tile(grad_z_ptr, rows, grad_z_stride, columns, inside)
         grad = grad * rstd[:, None] + grad_z
         store_tile(grad_residual_ptr, rows, width, columns, inside, grad)
         if PRENORM:
-            keep = keep_tile(seed_ptr, threshold, rows, 0, ROWS, BLOCK)
+            keep = keep_tile(load_seed(seed_ptr), threshold, rows, 0, ROWS, BLOCK)
         grad = dropped(grad, keep, scale)
         store_tile(grad_x_ptr, rows, width, columns, inside, grad)
     sums_at = program.to(tl.int64) * width + columns
@@ -124,6 +132,7 @@ def layer_norm_wide_bwd_kernel(
     source_stride, residual_stride = source_stride // UNIT * UNIT, residual_stride // UNIT * UNIT
     grad_y_stride, grad_z_stride = grad_y_stride // UNIT * UNIT, grad_z_stride // UNIT * UNIT
     program = tl.program_id(0)
+    seed = load_seed(seed_ptr)
     for tile in range(program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         row_inside = rows < n_rows
@@ -138,7 +147,7 @@ def layer_norm_wide_bwd_kernel(
             source = load_tile(source_ptr, rows, source_stride, columns, inside)
             residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
             if not PRENORM:
-                keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
+                keep = keep_tile(seed, threshold, rows, start, ROWS, BLOCK)
                 source = added(source, residual, keep, scale, Z_DTYPE)
             normed = (source - mean[:, None]) * rstd[:, None]
             grad_normed = grad_y * load_vector(weight_ptr, columns, column_inside, 1.0)
@@ -152,7 +161,7 @@ def layer_norm_wide_bwd_kernel(
             source = load_tile(source_ptr, rows, source_stride, columns, inside)
             residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
             if not PRENORM:
-                keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
+                keep = keep_tile(seed, threshold, rows, start, ROWS, BLOCK)
                 source = added(source, residual, keep, scale, Z_DTYPE)
             normed = (source - mean[:, None]) * rstd[:, None]
             sums_at = program.to(tl.int64) * width + columns
@@ -170,7 +179,7 @@ def layer_norm_wide_bwd_kernel(
             grad = grad * rstd[:, None] + grad_z
             store_tile(grad_residual_ptr, rows, width, columns, inside, grad)
             if PRENORM:
-                keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
+                keep = keep_tile(seed, threshold, rows, start, ROWS, BLOCK)
             grad = dropped(grad, keep, scale)
             store_tile(grad_x_ptr, rows, width, columns, inside, grad)
         # The next tile reads these sums, in threads that need not be those that wrote them.
@@ -178,8 +187,10 @@ def layer_norm_wide_bwd_kernel(
 
 
 @triton.jit
-def _add_up(sums_ptr, grad_ptr, programs, width, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _add_up(
+    sums_ptr, grad_ptr, block, programs, width, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    columns = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PROGRAMS, BLOCK], tl.float32)
     for start in range(0, programs, PROGRAMS):
         program = (start + tl.arange(0, PROGRAMS)).to(tl.int64)
@@ -201,8 +212,11 @@ def layer_norm_weight_grads_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sums over programs, in a fixed order."""
+    """The sums over programs, in a fixed order; a block of columns of either is a program's."""
     width = width // UNIT * UNIT
-    _add_up(sums_ptr, grad_ptr, programs, width, PROGRAMS, BLOCK)
-    if more_sums_ptr is not None:
-        _add_up(more_sums_ptr, more_grad_ptr, programs, width, PROGRAMS, BLOCK)
+    blocks = tl.cdiv(width, BLOCK)
+    block = tl.program_id(0)
+    if block < blocks:
+        _add_up(sums_ptr, grad_ptr, block, programs, width, PROGRAMS, BLOCK)
+    elif more_sums_ptr is not None:
+        _add_up(more_sums_ptr, more_grad_ptr, block - blocks, programs, width, PROGRAMS, BLOCK)

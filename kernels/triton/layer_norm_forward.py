@@ -55,11 +55,20 @@ def _block_of_rows(block, row_inside, width, BLOCK: tl.constexpr, WHOLE: tl.cons
 
 
 @triton.jit
-def keep_tile(seed_ptr, threshold, rows, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def load_seed(seed_ptr):
+    """The seed; None where nothing is dropped."""
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    return seed
+
+
+@triton.jit
+def keep_tile(seed, threshold, rows, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Which elements of a tile are kept; None where nothing is dropped."""
     keep = None
-    if seed_ptr is not None:
-        keep = rows_keep(tl.load(seed_ptr), threshold, rows, start, TAG, ROWS, BLOCK)
+    if seed is not None:
+        keep = rows_keep(seed, threshold, rows, start, TAG, ROWS, BLOCK)
     return keep
 
 
@@ -105,6 +114,7 @@ def layer_norm_fwd_kernel(
     x_stride, residual_stride = x_stride // UNIT * UNIT, residual_stride // UNIT * UNIT
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_inside = (rows < n_rows) | (ROWS == 1)  # a program a row: no mask
+    seed = load_seed(seed_ptr)
     # All is read before anything is written, as the compiler cannot know that it may be.
     xs, residuals = (), ()
     for block in tl.static_range(BLOCKS):
@@ -115,7 +125,7 @@ def layer_norm_fwd_kernel(
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for block in tl.static_range(BLOCKS):
         columns, inside = _block_of_rows(block, row_inside, width, BLOCK, WHOLE)
-        keep = keep_tile(seed_ptr, threshold, rows, block * BLOCK, ROWS, BLOCK)
+        keep = keep_tile(seed, threshold, rows, block * BLOCK, ROWS, BLOCK)
         z = added(xs[block], residuals[block], keep, scale, Z_DTYPE)
         store_tile(z_ptr, rows, width, columns, inside, z)
         sums += z
@@ -154,13 +164,14 @@ def layer_norm_wide_fwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_inside = rows < n_rows
     mean = tl.zeros([ROWS], tl.float32)
+    seed = load_seed(seed_ptr)
     squares = tl.zeros([ROWS], tl.float32)  # sum of (z - mean)^2 over the columns so far
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = row_inside[:, None] & (columns < width)[None, :]
         x = load_tile(x_ptr, rows, x_stride, columns, inside)
         residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
-        keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
+        keep = keep_tile(seed, threshold, rows, start, ROWS, BLOCK)
         z = added(x, residual, keep, scale, Z_DTYPE)
         store_tile(z_ptr, rows, width, columns, inside, z)
         if mean_ptr is not None:
@@ -183,7 +194,7 @@ def layer_norm_wide_fwd_kernel(
         inside = row_inside[:, None] & column_inside[None, :]
         x = load_tile(x_ptr, rows, x_stride, columns, inside)
         residual = load_tile(residual_ptr, rows, residual_stride, columns, inside)
-        keep = keep_tile(seed_ptr, threshold, rows, start, ROWS, BLOCK)
+        keep = keep_tile(seed, threshold, rows, start, ROWS, BLOCK)
         z = added(x, residual, keep, scale, Z_DTYPE)
         weight = load_vector(weight_ptr, columns, column_inside, 1.0)
         bias = load_vector(bias_ptr, columns, column_inside, 0.0)
