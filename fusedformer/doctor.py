@@ -174,13 +174,13 @@ def text(report: dict[str, Any]) -> str:
 def _failed_imports(report: dict[str, Any]) -> dict[tuple[str, str], tuple[list[str], str]]:
     """By backend and last line: the ops that fail so, each once, and the first one's traceback."""
     found: dict[tuple[str, str], tuple[list[str], str]] = {}
+    # That Triton is not installed stands in the line of its version already.
+    absent = "triton" if "NotFound" in (report["versions"]["triton_error"] or "") else None
     for row in report["ops"]:
         for name, backend in row["backends"].items():
             error = (backend["import_error"] or "").rstrip()
             last = error.rpartition("\n")[2]
-            # That Triton is not installed stands in the line of its version already.
-            absent = last == report["versions"]["triton_error"] and "NotFound" in last
-            if error and not absent:
+            if error and name != absent:
                 ops, _ = found.setdefault((name, last), ([], error))
                 if row["op"] not in ops:
                     ops.append(row["op"])
