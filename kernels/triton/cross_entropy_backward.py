@@ -6,7 +6,12 @@ Narrow rows are held whole, several a program; a block of a wide row has a progr
 import triton
 import triton.language as tl
 
-from fusedformer.kernels.triton.cross_entropy_forward import INTEGERS, row_targets, sum_of_weights
+from fusedformer.kernels.triton.cross_entropy_forward import (
+    INTEGERS,
+    exponential,
+    row_targets,
+    sum_of_weights,
+)
 
 
 @triton.jit
@@ -34,7 +39,7 @@ def _gradient(
     x, columns, weight_ptr, in_columns, target, ignored, lse, slope, hit, rest,
     HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    grad = slope * tl.exp(x.to(tl.float32) - lse)
+    grad = slope * exponential(x.to(tl.float32) - lse)
     if SMOOTHING:
         if HAS_WEIGHT:
             rest *= tl.load(weight_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
