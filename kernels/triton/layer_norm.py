@@ -84,6 +84,9 @@ def forward_config(width: int) -> Config:
 def backward_config(width: int, replayed: bool, bytes_read: int) -> Config:
     """Tiles of the backward: 8 elements a thread, as it holds the sums of two gradients as well.
 
+    Or 16, where a row is then shared by few warps that can have the registers: what is done once a
+    row, and a call of Philox, is 16 elements' work.
+
     Args:
         width: of a row.
         replayed: z is made again, with dropout, so that the mask takes registers throughout.
@@ -93,8 +96,11 @@ def backward_config(width: int, replayed: bool, bytes_read: int) -> Config:
     # for those that wait in shared memory.
     staged = power_of_2(width) * bytes_read <= STAGED_BYTES
     if width <= (4096 if replayed and not staged else 8192):
-        # Below 256 columns a thread's elements lie in several rows: fewer of them, or they spill.
-        tile = _one_block(width, 1024 if width > 128 else 512, 8)
+        if 512 < width <= 2048:
+            tile = Config(1, power_of_2(width), power_of_2(width) // 512, wide=False)
+        else:
+            # Below 256 columns a thread's elements lie in several rows: fewer, or they spill.
+            tile = _one_block(width, 1024 if width > 128 else 512, 8)
         return dataclasses.replace(tile, stages=2 if staged else 1)
     # Four rows share the traffic of the weight sums that a wide row cannot keep in registers.
     return Config(4, 1024, 16, wide=True)
@@ -103,11 +109,11 @@ def backward_config(width: int, replayed: bool, bytes_read: int) -> Config:
 def backward_programs(n_rows: int, config: Config, device: torch.device) -> int:
     """How many programs share the rows, and so how many rows of weight sums there are.
 
-    As many as run at once, with 16 to 24 warps a multiprocessor: what some 80 to 128 registers a
-    thread leave room for.
+    As many as registers leave room for at once: 6144 columns a multiprocessor, or four tiles of
+    several rows.
     """
-    most = chip(device).multiprocessors * max(1, (24 if config.rows == 1 else 16) // config.warps)
-    return min(cdiv(n_rows, config.rows), most)
+    at_once = max(1, 6144 // config.block) if config.rows == 1 else max(1, 16 // config.warps)
+    return min(cdiv(n_rows, config.rows), chip(device).multiprocessors * at_once)
 
 
 def dropout_add_layer_norm_unsupported(
