@@ -253,7 +253,9 @@ def attention_fwd(
     key, key_strides = _readable(key)
     value, value_strides = _readable(value)
     out, out_strides = _new(query)
-    lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=query.device)
+    lse = query.new_empty_strided(
+        (batch, heads, n_queries), (heads * n_queries, n_queries, 1), dtype=torch.float32
+    )
     mask, mask_strides, flag = _mask_arguments(mask, query)
     kind = (block_dim(dim), query.dtype, seed is not None, flag != _NO_MASK)
     config = forward_config(*kind, chip(query.device))
