@@ -210,6 +210,22 @@ def cross_entropy_bwd(
     return grad
 
 
+# --- Linear layers of few rows --------------------------------------------------------------------
+
+
+def linear_unsupported() -> "str | None":
+    """Why torch's own product is to be preferred, or None."""
+    reason = library()[1]
+    if reason is None and _ops.isa() == "portable":
+        return "portable code is not faster than torch's"
+    return reason
+
+
+def linear(x: Tensor, weight: Tensor, bias: "Tensor | None") -> Tensor:
+    """x W^T + b, of x (..., K), W (N, K) and b (N,), all of one dtype; neither K nor rows are 0."""
+    return _ops.linear.default(x, weight, bias)
+
+
 # --- Attention ------------------------------------------------------------------------------------
 
 

@@ -82,13 +82,16 @@ def run(code: str, *args: str) -> subprocess.CompletedProcess:
     )
 
 
+ROWS = ["test_native", "test_native_linear", "test_native_attention_decode"]
+
+
 @pytest.mark.parametrize(
-    "tests",
-    [["tests/test_native.py"], ["tests/test_native_attention.py", "-m", "not slow"]],
+    ("files", "options"),
+    [(ROWS, []), (["test_native_attention"], ["-m", "not slow"])],
     ids=["rows", "attention"],
 )
-def test_the_kernels(tests):
-    done = run(TESTS, *tests)
+def test_the_kernels(files, options):
+    done = run(TESTS, *(f"tests/{file}.py" for file in files), *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

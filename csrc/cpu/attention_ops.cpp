@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "attention_decode.h"
 #include "new_tensor.h"
 
 namespace fusedformer {
@@ -184,6 +185,10 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Tensor lse = empty_strided(3, lse_sizes, lse_strides, ScalarType::Float);
   p.out = output(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (decodes(p)) {
+    attention_decode(p);
+    return {out, lse};
+  }
 
   const auto& kernels =
       FUSEDFORMER_PICK_DTYPE(attention_forward_kernels, p.dtype == DType::bfloat16);

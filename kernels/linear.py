@@ -1,0 +1,68 @@
+"""Linear layers of a few rows on a CPU, as decoding has them: one token of each sequence.
+
+No op of its own: fusedformer.nn.linear takes it where nothing but its numbers can be seen.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fusedformer.kernels import dispatch
+
+# Measured on two cores with AVX-512, and held to AVX2: up to so many rows the C++ kernel is faster
+# than torch's product; with fewer weights, the call itself is most of it.
+_MOST_ROWS = 16
+_LEAST_WEIGHTS = 2**16
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def linear_of_few_rows(x: Tensor, weight: Tensor, bias: "Tensor | None") -> "Tensor | None":
+    """x W^T + b, (..., N), contiguous; None where torch is to compute it, or to say what is wrong.
+
+    The C++ kernel reads the weights as fast as memory gives them. A row's result depends neither on
+    the others nor on the number of threads.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not dispatch.unobserved((x, weight, bias))
+        or torch.is_autocast_enabled("cpu")
+        or dispatch.checked("linear", None) not in (dispatch.AUTOMATIC, "cpu")
+        or not _fit(x, weight, bias)
+    ):
+        return None
+    native = _native()
+    return None if native is None else native.linear(x, weight, bias)
+
+
+@functools.cache
+def _native() -> "ModuleType | None":
+    """The C++ backend, if this CPU has the instructions for which its kernel was measured."""
+    native = importlib.import_module(dispatch.BACKENDS["cpu"])
+    return None if native.linear_unsupported() else native
+
+
+def _fit(x: Tensor, weight: Tensor, bias: "Tensor | None") -> bool:
+    if weight.dim() != 2 or not weight.is_cpu or not weight.is_contiguous():
+        return False
+    columns, width = weight.shape
+    return (
+        columns * width >= _LEAST_WEIGHTS
+        and x.dim() > 0
+        and x.shape[-1] == width
+        and 0 < x.numel() <= _MOST_ROWS * width
+        and x.dtype == weight.dtype
+        and x.dtype in _DTYPES
+        and (
+            bias is None
+            or (bias.is_cpu and bias.dtype == x.dtype and tuple(bias.shape) == (columns,))
+        )
+    )
