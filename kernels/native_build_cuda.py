@@ -115,9 +115,12 @@ def sources() -> list[Path]:
     return sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
 
 
+def _headers() -> list[Path]:
+    return [*SOURCES.glob("*.h"), *(SOURCES / "cuda").glob("*.h")]
+
+
 def _sources_key() -> str:
-    paths = [*SOURCES.glob("*.h"), *(SOURCES / "cuda").glob("*.h"), *sources()]
-    return native_cache.files_key(SOURCES, paths, FLAGS, LINK_FLAGS)
+    return native_cache.files_key(SOURCES, [*_headers(), *sources()], FLAGS, LINK_FLAGS)
 
 
 def prebuilt_name() -> str:
@@ -125,13 +128,15 @@ def prebuilt_name() -> str:
     return f"libfusedformer_cuda-{_sources_key()}.so"
 
 
-def compile_commands(nvcc: Nvcc, folder: Path) -> dict[Path, list[str]]:
-    """For each object file in ``folder``, the command that makes it."""
+def compile_commands(
+    nvcc: Nvcc, folder: Path, paths: "list[Path] | None" = None
+) -> dict[Path, list[str]]:
+    """For each object file in ``folder``, the command that makes it; of sources() by default."""
     include = Path(torch.__file__).parent / "include"
     common = [nvcc.path, f"-ccbin={nvcc.host_path}", *FLAGS]
     common += ["-I", str(SOURCES), "-isystem", str(include)]
     commands = {}
-    for source in sources():
+    for source in sources() if paths is None else paths:
         target = folder / f"{source.name}.o"
         commands[target] = [*common, "-c", str(source), "-o", str(target)]
     return commands
@@ -192,3 +197,38 @@ def build(*, again: bool = False, retry: bool = False) -> Path:
     """As native_build.build()."""
     _checked_sources()
     return native_cache.build(_library(find_nvcc()), again=again, retry=retry)
+
+
+def variant_sources() -> list[Path]:
+    """The choices that benchmarks/tune_cuda.py measures, of which no other code knows."""
+    return sorted((SOURCES / "cuda/variants").glob("*.cu"))
+
+
+def variants_link(nvcc: Nvcc, objects: list[Path], target: Path) -> list[str]:
+    """As link_command(), but without torch."""
+    folders = [path for path in (nvcc.home() / "lib64", nvcc.home() / "lib") if path.is_dir()]
+    command = [nvcc.path, f"-ccbin={nvcc.host_path}", *map(str, objects)]
+    command += [f"-L{folder}" for folder in folders]
+    options = ["-shared", "-cudart=static", "-cudadevrt=none", _ARCHITECTURE]
+    return [*command, *options, "-o", str(target)]
+
+
+def build_variants() -> Path:
+    """The library of the variants, from the cache or built into it. It needs no torch.
+
+    Raises:
+        BuildError: it cannot be built; one line.
+    """
+    nvcc = find_nvcc()
+    paths = variant_sources()
+    headers = [*_headers(), *(SOURCES / "cuda/variants").glob("*.h")]
+    sources_key = native_cache.files_key(SOURCES, [*headers, *paths], FLAGS)
+    library = Library(
+        name="cuda-variants",
+        title="variants of the CUDA kernels",
+        key=native_cache.key(sources_key, nvcc, platform.machine()),
+        compile=lambda folder: compile_commands(nvcc, folder, paths),
+        link=lambda objects, target: variants_link(nvcc, objects, target),
+        command="python -m fusedformer.benchmarks.tune_cuda",
+    )
+    return native_cache.build(library, retry=True)

@@ -1,6 +1,7 @@
 """What tests of the Hopper kernels share: building them for the emulator, and their arguments."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedformer.kernels import native_build_cuda, rng
+from fusedformer.benchmarks.cuda_variants import Attention, attention_arguments
+from fusedformer.kernels import native_build_cuda
 from fusedformer.kernels.native_cache import BuildError
 
 FOLDER = Path(__file__).parent / "hopper"
@@ -28,6 +30,29 @@ def nvcc() -> "native_build_cuda.Nvcc | None":
 
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc here")
+
+
+def compiled(factory: pytest.TempPathFactory, source: str) -> tuple[Path, str]:
+    """An object of the CUDA library, and what nvcc said of it. Compiled once in a run of tests, in
+    however many processes: by the first who asks."""
+    import fcntl  # not on Windows, where there is no nvcc for us
+
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "cuda_objects"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{source}.o"
+    report = folder / f"{source}.txt"
+    with (folder / f"{source}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.is_file():
+            command = native_build_cuda.compile_commands(nvcc(), folder)[target]
+            done = subprocess.run(command, capture_output=True, text=True)
+            report.write_text(done.stdout + done.stderr)
+    assert target.is_file(), report.read_text()
+    return target, report.read_text()
+
 
 _emulator: list[Path] = []  # it takes seconds to build, and serves every module of a run
 
@@ -56,36 +81,6 @@ def build_driver(
     return ctypes.CDLL(str(path))
 
 
-class Tensor4(ctypes.Structure):
-    """csrc/cuda/attention.h"""
-
-    _fields_ = [("data", ctypes.c_void_p), *((n, ctypes.c_int64) for n in ("b", "h", "n"))]
-
-    def __init__(self, tensor: torch.Tensor):
-        assert tensor.stride(3) == 1
-        super().__init__(tensor.data_ptr(), *tensor.stride()[:3])
-
-
-class Attention(ctypes.Structure):
-    """csrc/cuda/attention.h"""
-
-    _fields_ = [
-        *((n, ctypes.c_int) for n in ("batches", "heads", "key_heads", "n_queries", "n_keys")),
-        ("dim", ctypes.c_int),
-        ("dtype", ctypes.c_int),
-        *((n, Tensor4) for n in ("query", "key", "value", "out")),
-        ("lse", ctypes.c_void_p),
-        ("key_lengths", ctypes.c_void_p),
-        ("diagonal", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("seed", ctypes.c_void_p),
-        ("threshold", ctypes.c_uint32),
-        ("inverse_keep", ctypes.c_float),
-        ("offsets", ctypes.c_int64 * 4),
-        ("counter", ctypes.c_void_p),
-    ]
-
-
 def pointer(tensor: "torch.Tensor | None") -> "int | None":
     return None if tensor is None else tensor.data_ptr()
 
@@ -98,7 +93,7 @@ def poisoned(like: torch.Tensor) -> torch.Tensor:
 
 def attention_call(tensors, options, out, lse) -> tuple[Attention, tuple]:
     """The arguments, of attention_cases' options; and what has to live as long as they do."""
-    query, key, value = tensors
+    query, key, _ = tensors
     p, offsets = options["dropout_p"], options["offsets"] or (0, 0, 0, 0)
     diagonal = key.shape[2]
     if options["causal"]:
@@ -106,14 +101,10 @@ def attention_call(tensors, options, out, lse) -> tuple[Attention, tuple]:
         if options["offsets"] is not None:
             diagonal = offsets[2] - offsets[3]
         diagonal = max(-query.shape[2], min(key.shape[2], diagonal))
-    scale = query.shape[3] ** -0.5 if options["scale"] is None else options["scale"]
     seed = torch.tensor(options["seed"]) if p else None
     counter = torch.zeros((), dtype=torch.int32)
-    call = Attention(
-        *query.shape[:2], key.shape[1], query.shape[2], *key.shape[2:],
-        0 if query.dtype == torch.bfloat16 else 1,
-        Tensor4(query), Tensor4(key), Tensor4(value), Tensor4(out), pointer(lse),
-        pointer(options["key_lengths"]), diagonal, scale, pointer(seed),
-        rng.threshold(p), 1 / (1 - p), (ctypes.c_int64 * 4)(*offsets), pointer(counter),
+    call = attention_arguments(
+        *tensors, out, lse, counter, key_lengths=options["key_lengths"], seed=seed,
+        diagonal=diagonal, scale=options["scale"], dropout_p=p, offsets=offsets,
     )  # fmt: skip
     return call, (seed, counter, tensors, out, lse, options)

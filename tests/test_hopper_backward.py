@@ -8,7 +8,9 @@ import hopper_calls
 import pytest
 import torch
 from bounds import assert_within_bound
-from hopper_calls import Tensor4, pointer
+from hopper_calls import pointer
+
+from fusedformer.benchmarks.cuda_variants import Tensor4
 
 pytestmark = pytest.mark.skipif(
     hopper_calls.COMPILER is None, reason="there is no C++ compiler here"

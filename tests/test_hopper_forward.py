@@ -1,6 +1,7 @@
 """Attention's forward for Hopper, run on the host by the emulator, against float64."""
 
 import ctypes
+import re
 import shutil
 
 import attention_cases as cases
@@ -40,17 +41,19 @@ EVENTS = [{"seed": 0}, {"seed": 1, "grid": 1}, {"seed": 2, "grid": 3, "resident"
 
 
 class Libraries:
-    """The kernels, by the size of their tile, each built when it is first asked for."""
+    """The kernels, by their tile, each built when it is first asked for."""
 
     def __init__(self, folder, cuda=hopper_calls.CUDA):
         self.folder, self.cuda, self.built = folder, cuda, {}
 
-    def __call__(self, dim, consumers=2):
-        tile = next(tile for tile in TILES if dim <= tile), consumers
+    def __call__(self, dim, tile="ForwardTile"):
+        """The tile of a head dimension, or a variant, which may have it as its argument."""
+        if tile in ("ForwardTile", "WithoutTurns", "TwoProducers"):
+            tile += f"<{next(size for size in TILES if dim <= size)}>"
         if tile not in self.built:
             self.built[tile] = hopper_calls.build_driver(
-                "forward_main.cpp", tile[0], self.folder / "forward{}-{}.so".format(*tile),
-                hopper_calls.build_emulator(self.folder), self.cuda, (f"-DCONSUMERS={consumers}",),
+                "forward_main.cpp", dim, self.folder / f"forward{len(self.built)}.so",
+                hopper_calls.build_emulator(self.folder), self.cuda, (f"-DTILE={tile}",),
             )  # fmt: skip
         return self.built[tile]
 
@@ -105,16 +108,33 @@ def test_cases(libraries, dim):
     check_all(libraries(dim), CASES[dim // 8 % step :: step], dim)
 
 
-@pytest.mark.slow
-def test_three_consumers(libraries):
-    """Tiles of 192 queries, which no launcher uses yet."""
-    check_all(libraries(64, consumers=3), CASES[5::17], 64)
-
-
 PLAIN = CASES[0] | {
     "batch": 1, "heads": (1, 1), "dim": 64, "causal": False, "lengths": False, "p": 0.0,
     "scale": None, "offsets": None,
 }  # fmt: skip
+
+
+VARIANTS = [
+    ("ThreeConsumers", 64), ("WithoutTurns", 64), ("ThreeStages", 64), ("TwoProducers", 64),
+    ("PartialPanels", 96), ("PartialPanels", 80), ("WiderBlocks", 128), ("TwoProducers", 128),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "dim"), VARIANTS)
+def test_variants(libraries, variant, dim):
+    """csrc/cuda/variants: they are right before they are measured."""
+    number = VARIANTS.index((variant, dim))
+    check_all(libraries(dim, variant), CASES[number::29], dim)
+    if variant != "ThreeConsumers":
+        long = {"queries": 140, "keys": 400, "p": 0.5, "causal": True, "heads": (2, 1)}
+        check(libraries(dim, variant), PLAIN | long | {"dim": dim}, seed=number)
+
+
+@pytest.mark.slow
+def test_variants_are_all_tried():
+    text = (hopper_calls.CUDA / "variants/forward_variants.h").read_text()
+    assert set(re.findall(r"struct (\w+) :", text)) == {variant for variant, _ in VARIANTS}
 
 
 @pytest.mark.slow
@@ -227,6 +247,8 @@ MISTAKES = {
     "fence of O": ("  fence_async();\n  barrier_sync(kOneConsumer", "  barrier_sync(kOneConsumer"),
     "O before it has left": ("if (leader) tma_wait_read<0>();", ""),
     "bits of the wrong block": ("p.offsets[3] + block * Tile::kKeys", "p.offsets[3] + block"),
+    "bits of the wrong rows": ("words[kRow] += 4 * row_block;", "words[kRow] += 2 * row_block;"),
+    "bits that nobody makes": ("+ 32 * turn) % kThreads", "+ 32 * turn)"),
 }  # fmt: skip
 
 
@@ -253,7 +275,8 @@ def test_mistakes_are_found(tmp_path, mistake):
     cuda = tmp_path / "csrc" / "cuda"
     right, wrong = MISTAKES[mistake]
     found = 0
-    for path in (*cuda.glob("attention_forward*.h"), cuda / "schedule.h"):
+    files = ("schedule.h", "dropout_bits.h")
+    for path in (*cuda.glob("attention_forward*.h"), *(cuda / name for name in files)):
         text = path.read_text()
         found += text.count(right)
         path.write_text(text.replace(right, wrong))

@@ -137,11 +137,16 @@ __device__ __forceinline__ void add_grad_queries(const Attention& p, const Backw
       bulk_reduce_add(sums + part * Tile::kPartFloats, s.grad_queries[part],
                       part_floats<Tile>(part) * sizeof(float));
       tma_commit();
-      tma_wait_read<0>();
-      mbarrier_arrive(&s.grad_query_empty[part]);
     }
+    static_assert(kConsumers == 2, "one part after the other is waited for");
+    tma_wait_read<1>();
+    mbarrier_arrive(&s.grad_query_empty[0]);
+    tma_wait_read<0>();
+    mbarrier_arrive(&s.grad_query_empty[1]);
     if (w.turns) {
-      tma_wait<0>();  // the sums are there, not merely on their way
+      // The sums are there, not merely on their way, and this thread sees them: so does whoever
+      // takes the next turn. What it adds goes the way of these, so that no fence is needed there.
+      tma_wait<0>();
       add_release(w.turns + v.at, 1);
     }
   }

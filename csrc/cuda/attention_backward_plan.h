@@ -47,12 +47,15 @@ struct BackwardTile {
   static constexpr int kSlabs = kDim / kColumns;
   static constexpr int kSlabPanels = panels(kColumns);
   static constexpr int kPanels = kSlabs * kSlabPanels;
+  // What the products over queries compute: at D = 96 and 192 more columns than are kept.
+  static constexpr int kProducts = product_columns(kColumns);
 
   // dQ of a tile is made in two parts, one by each warpgroup, of 64 rows: a tile of 64 rows is
   // parted by columns, one of 128 by rows. At D = 96 the second part has columns that are not
   // there.
   static constexpr bool kPartsAreColumns = kQueries == 64;
   static constexpr int kPartColumns = kSplitsKeys ? kPanelColumns : kColumns;
+  static constexpr int kPartProducts = product_columns(kPartColumns);  // computed, as above
   static constexpr int kPartFloats = 64 * kPartColumns;
 };
 

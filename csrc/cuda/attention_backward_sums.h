@@ -100,10 +100,10 @@ __device__ __forceinline__ void store_operand(Element (&tile)[kPanels][kRows][kP
   store_matrices(reinterpret_cast<unsigned char*>(tile) + byte, operand);
 }
 
-// A gradient of 64 keys, times a factor, to shared memory.
-template <typename Element, int kColumns, int kPanels, int kRows>
+// The first kColumns of a gradient of 64 keys, times a factor, to shared memory.
+template <typename Element, int kColumns, int kPanels, int kRows, int kRegisters>
 __device__ __forceinline__ void stage_grads(Element (&tile)[kPanels][kRows][kPanelColumns], int row,
-                                            int column, const float (&grad)[kColumns / 2],
+                                            int column, const float (&grad)[kRegisters],
                                             float factor) {
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
@@ -120,17 +120,17 @@ __device__ __forceinline__ void stage_grads(Element (&tile)[kPanels][kRows][kPan
 // registers where the warpgroup has it whole, else in shared memory.
 template <typename Element, typename Tile, int kLeftPanels, int kPanels>
 __device__ __forceinline__ void add_product(
-    float (&grad)[Tile::kColumns / 2], const uint32_t (&left)[Tile::kScores / 16][4],
+    float (&grad)[Tile::kProducts / 2], const uint32_t (&left)[Tile::kScores / 16][4],
     const Element (&shared_left)[kLeftPanels][Tile::kKeys][kPanelColumns],
     const Element (&right)[kPanels][Tile::kQueries][kPanelColumns], int panel) {
 #pragma unroll
   for (int step = 0; step < Tile::kQueries / 16; ++step) {
     const uint64_t columns = columns_operand(right, panel, step);
     if constexpr (Tile::kSplitsKeys)
-      wgmma_rs<Tile::kColumns, Element, true>(grad, left[step], columns, true);
+      wgmma_rs<Tile::kProducts, Element, true>(grad, left[step], columns, true);
     else
-      wgmma_ss<Tile::kColumns, Element, false, true>(grad, rows_operand(shared_left, 0, step),
-                                                     columns, true);
+      wgmma_ss<Tile::kProducts, Element, false, true>(grad, rows_operand(shared_left, 0, step),
+                                                      columns, true);
   }
 }
 
@@ -146,9 +146,9 @@ __device__ __forceinline__ void sum_grads(const Attention& p, const BackwardMaps
   const int query = Tile::kSplitsKeys ? 0 : kScores * consumer;
   const int panel = Tile::kSplitsKeys ? 0 : Tile::kSlabPanels * consumer;
   const float scale_log2 = p.scale * kLog2e;
-  float grad_key[kColumns / 2], grad_value[kColumns / 2];
+  float grad_key[Tile::kProducts / 2], grad_value[Tile::kProducts / 2];
 #pragma unroll
-  for (int i = 0; i < kColumns / 2; ++i) grad_key[i] = grad_value[i] = 0;
+  for (int i = 0; i < Tile::kProducts / 2; ++i) grad_key[i] = grad_value[i] = 0;
 
   mbarrier_wait(&s.key_values_full, 0);
   if (k.length < k.first_key + Tile::kKeys)
@@ -250,11 +250,11 @@ __device__ __forceinline__ void sum_grads(const Attention& p, const BackwardMaps
     barrier_sync(kBothConsumers, 128 * kConsumers);
     if constexpr (!Tile::kSplitsKeys) add_grad_value();
 
-    float grad_query[Tile::kPartColumns / 2];
+    float grad_query[Tile::kPartProducts / 2];
     wgmma_fence(grad_query);
 #pragma unroll
     for (int step = 0; step < Tile::kKeys / 16; ++step)
-      wgmma_ss<Tile::kPartColumns, Element, true, true>(
+      wgmma_ss<Tile::kPartProducts, Element, true, true>(
           grad_query,
           columns_operand(shared_grads, Tile::kPartsAreColumns ? 0 : consumer, step),
           columns_operand(s.keys, Tile::kSplitsKeys && Tile::kPartsAreColumns ? consumer : panel,

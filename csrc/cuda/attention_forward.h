@@ -10,9 +10,9 @@
 // and at the end O / (l (1 - p)) and LSE = scale m + log l: that of the undropped scores.
 //
 // The other warpgroup feeds them (attention_forward_producers.h). Its warp 0 takes tiles from the
-// schedule and loads Q, K and V by TMA; warps 1 to 3 make the bits of dropout: consumers only read
-// one bit for each score. They all run at their own pace: rings of buffers lie between them, each
-// buffer with an mbarrier that says it is full and one that says it is empty.
+// schedule and loads Q, K and V by TMA; its other warps make the bits of dropout: consumers only
+// read one bit for each score. They all run at their own pace: rings of buffers lie between them,
+// each buffer with an mbarrier that says it is full and one that says it is empty.
 //
 // To read on, begin with attention_forward_kernel at the end, then consume() above it.
 //
@@ -48,11 +48,12 @@ enum ForwardBarrier {
 // of two blocks ago or more, which all have released, or they could not have passed a turn since.
 template <typename Tile>
 __device__ __forceinline__ void take_turn(int consumer) {
-  barrier_sync(kTurn + consumer, 2 * kWarpgroup);
+  if constexpr (Tile::kTurns) barrier_sync(kTurn + consumer, 2 * kWarpgroup);
 }
 template <typename Tile>
 __device__ __forceinline__ void pass_turn(int consumer) {
-  barrier_arrive(kTurn + (consumer + 1) % Tile::kConsumers, 2 * kWarpgroup);
+  if constexpr (Tile::kTurns)
+    barrier_arrive(kTurn + (consumer + 1) % Tile::kConsumers, 2 * kWarpgroup);
 }
 
 // Starts S = Q K^T, for the consumer's 64 queries.
@@ -156,9 +157,10 @@ __device__ __forceinline__ void clear_values(int first, int stage,
     uint32_t word[4];
   };
   constexpr int kChunks = kPanelRowBytes / sizeof(Chunk);  // of a row
+  const int thread = thread_index() - kWarpgroup * Tile::kProducers;
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     Chunk* const chunks = reinterpret_cast<Chunk*>(s.value[stage][panel]);
-    for (int i = first * kChunks + thread_index() - kWarpgroup; i < Tile::kKeys * kChunks;
+    for (int i = first * kChunks + thread; i < Tile::kKeys * kChunks;
          i += Tile::kConsumers * kWarpgroup)
       chunks[i] = Chunk{};
   }
@@ -219,7 +221,7 @@ template <typename Element, typename Tile, bool kDropout>
 __device__ __forceinline__ void consume(const Attention& p, const ForwardMaps& maps,
                                         ForwardShared<Element, Tile>& s) {
   constexpr int kKeys = Tile::kKeys;
-  const int consumer = warp_index() / 4 - 1;  // which warpgroup
+  const int consumer = warp_index() / 4 - Tile::kProducers;  // which warpgroup
   const float scale_log2 = p.scale * kLog2e;
   const int diagonal = static_cast<int>(p.diagonal);
   Cursor<2> slot;
@@ -320,18 +322,18 @@ __global__ void __launch_bounds__(kForwardThreads<Tile>, 1)
       mbarrier_init(&s.key_empty[i], kReaders);
       mbarrier_init(&s.value_full[i], 1);
       mbarrier_init(&s.value_empty[i], kReaders);
-      mbarrier_init(&s.kept_full[i], kBitWarps);
+      mbarrier_init(&s.kept_full[i], kBitWarps<Tile>);
       mbarrier_init(&s.kept_empty[i], kReaders);
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&s.work_full[i], 1);
-      mbarrier_init(&s.work_empty[i], kReaders + (kDropout ? kBitWarps : 0));
+      mbarrier_init(&s.work_empty[i], kReaders + (kDropout ? kBitWarps<Tile> : 0));
     }
     mbarrier_init_fence();
   }
   sync_threads();
 
-  if (warp_index() < 4) {
+  if (warp_index() < 4 * Tile::kProducers) {
     registers_down<Tile::kProducerRegisters>();
     if (warp_index() > 0) {
       if (kDropout) make_bits<Element, Tile>(p, s);

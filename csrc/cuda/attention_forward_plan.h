@@ -17,26 +17,28 @@ namespace hopper {
 // of the kConsumerRegisters that it has; and shared memory has 227 KB for Q, kStages of K and of V,
 // and O on its way out, if that fits: else O takes Q's place when the tile is done.
 //
-// Three consumers, for tiles of 192 queries, fit where D <= 64 and nothing is dropped.
-template <int kDimension, int kWarpgroups = 2>
+// Each of these is a choice, and csrc/cuda/variants has others, to be measured beside it.
+template <int kDimension>
 struct ForwardTile {
   static constexpr int kDim = kDimension;       // a tensor's D may be less: TMA fills up with zeros
   static constexpr int kPanels = panels(kDim);  // see layouts.h
-  // wgmma takes V by whole panels: O of D = 96 is computed as that of 128.
-  static constexpr int kOutDim = kPanels * kPanelColumns;
-  static constexpr int kConsumers = kWarpgroups;
+  static constexpr int kOutDim = product_columns(kDim);
+  static constexpr int kProducers = 1, kConsumers = 2;  // warpgroups
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = kDim <= 128 ? 128 : kDim <= 192 ? 96 : 64;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = 2;  // or more: see take_turn()
   static constexpr bool kOwnOut = kDim <= 128;
+  static constexpr bool kTurns = true;  // ping-pong
   // setmaxnreg: 64 K registers for all. What the producers do without, the consumers get.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 
 constexpr int kWarpgroup = 128;  // threads
 template <typename Tile>
-constexpr int kForwardThreads = kWarpgroup * (1 + Tile::kConsumers);
+constexpr int kForwardThreads = kWarpgroup * (Tile::kProducers + Tile::kConsumers);
+// All of the producers but warp 0.
+template <typename Tile>
+constexpr int kBitWarps = 4 * Tile::kProducers - 1;
 
 // As TMA sees the tensors. Boxes are panels: 64 columns by kQueries rows (query), kKeys rows (key,
 // value) or 64 rows (out).

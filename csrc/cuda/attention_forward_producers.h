@@ -71,12 +71,11 @@ __device__ __forceinline__ void load_tiles(const Attention& p, const ForwardMaps
   }
 }
 
-// ---- Warps 1 to 3: dropout bits ----------------------------------------------------------------
-
-constexpr int kBitWarps = 3;
+// ---- The other warps: dropout bits -------------------------------------------------------------
 
 template <typename Element, typename Tile>
 __device__ __forceinline__ void make_bits(const Attention& p, ForwardShared<Element, Tile>& s) {
+  constexpr int kThreads = 32 * kBitWarps<Tile>;
   const uint64_t seed = static_cast<uint64_t>(*p.seed);
   Cursor<2> slot;
   Cursor<Tile::kStages> kept;
@@ -87,9 +86,9 @@ __device__ __forceinline__ void make_bits(const Attention& p, ForwardShared<Elem
     for (int block = blocks_of<Tile>(p, work) - 1; block >= 0; --block, kept.next()) {
       mbarrier_wait(&s.kept_empty[kept.at], kept.parity ^ 1);
       // Three warps do not share a tile's rows evenly: they take turns at having fewest.
-      const int thread = (thread_index() - 32 + 32 * turn) % (32 * kBitWarps);
-      turn = (turn + 1) % kBitWarps;
-      make_dropout_bits<Tile::kQueries, Tile::kKeys, false, 32 * kBitWarps>(
+      const int thread = (thread_index() - 32 + 32 * turn) % kThreads;
+      turn = (turn + 1) % kBitWarps<Tile>;
+      make_dropout_bits<Tile::kQueries, Tile::kKeys, false, kThreads>(
           s.kept[kept.at], seed, p.threshold, static_cast<uint32_t>(p.offsets[0] + work.batch),
           static_cast<uint32_t>(p.offsets[1] + work.head), p.offsets[2] + work.first_query,
           p.offsets[3] + block * Tile::kKeys, thread);

@@ -69,8 +69,8 @@ __device__ __forceinline__ bool any_in_warp(bool value);
 __device__ __forceinline__ float fast_exp2(float x);  // `ex2.approx.ftz`: 2 ulp; 0 at -inf
 __device__ __forceinline__ float fast_log2(float x);  // `lg2.approx.ftz`; -inf at 0
 
-// x = 0 where none of `bits` is set in `word`. In x's own register: a choice of two values, in C++,
-// becomes one in another, and a copy.
+// x = 0 where none of `bits` is set in `word`; x is finite. A product with 0 in x's own register: a
+// choice of two values, in C++, takes a copy more, and the integer unit, which is the busier one.
 __device__ __forceinline__ void zero_unless(float& x, uint32_t word, uint32_t bits);
 
 // Element: __nv_bfloat16 or __half. pack() rounds to nearest; `low` is the lower half, that is the

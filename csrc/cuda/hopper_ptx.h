@@ -89,13 +89,13 @@ __device__ __forceinline__ float fast_log2(float x) {
 }
 
 __device__ __forceinline__ void zero_unless(float& x, uint32_t word, uint32_t bits) {
-  asm volatile(
+  asm(
       "{\n"
       ".reg .pred none;\n"
       ".reg .b32 set;\n"
       "and.b32 set, %1, %2;\n"
       "setp.eq.u32 none, set, 0;\n"
-      "@none mov.f32 %0, 0f00000000;\n"
+      "@none mul.f32 %0, %0, 0f00000000;\n"
       "}\n"
       : "+f"(x)
       : "r"(word), "r"(bits));

@@ -89,6 +89,15 @@ FUSEDFORMER_HOST_DEVICE constexpr uint64_t transposed_step(int k) {
   return static_cast<uint64_t>(k * 16 * kPanelRowBytes >> 4);
 }
 
+// How many columns a product takes of a transposed tile that has these: whole panels. Both what PTX
+// says and CUTLASS have such operands in multiples of 64 columns; that 96 would do, a panel and a
+// half, is likely and remains to be tried (true), and would save up to a quarter of these products.
+constexpr bool kPartialPanels = false;
+
+FUSEDFORMER_HOST_DEVICE constexpr int product_columns(int columns, bool partial = kPartialPanels) {
+  return partial ? columns : panels(columns) * kPanelColumns;
+}
+
 // ---- Dropout's bits of a tile of scores ----------------------------------------------------
 // One bit a score, 1 = kept, in the order in which wgmma's accumulators hold the scores. The eight
 // that a thread has of 16 x 16 scores, registers 8 k to 8 k + 7, are one byte. A thread's bytes for

@@ -1,6 +1,7 @@
 // Attention's forward kernel in the emulator, for tests/test_hopper_forward.py, which calls it by
-// ctypes. Compiled for one size of the kernel's tile: DIM and CONSUMERS.
+// ctypes. Compiled for one TILE.
 #include <attention_forward.h>
+#include <variants/forward_variants.h>
 
 #include <cstdio>
 #include <exception>
@@ -11,7 +12,7 @@ namespace fusedformer {
 namespace hopper {
 namespace {
 
-using Tile = ForwardTile<DIM, CONSUMERS>;
+using Tile = TILE;
 
 TensorMap map_of(const Tensor4& tensor, const Attention& p, int heads, int length, int rows) {
   return emulator::make_tensor_map(tensor.data, 2, {p.batches, heads, length, p.dim},
