@@ -8,7 +8,15 @@ import argparse
 import re
 from pathlib import Path
 
-from fusedformer.benchmarks import bench_page, bench_tables, document, goals, metrics, workers
+from fusedformer.benchmarks import (
+    bench_page,
+    bench_tables,
+    document,
+    goals,
+    metrics,
+    profile_page,
+    workers,
+)
 from fusedformer.benchmarks.entries import RATIO
 from fusedformer.benchmarks.ops import common
 
@@ -57,7 +65,13 @@ def filled(text: str, folder: Path) -> str:
 
 
 def markdown(data: dict, name: str) -> str:
-    """The table of a result: each entry's costs, their ratio with its range, and both errors."""
+    """The table of a result.
+
+    Of a bench: each entry's costs, their ratio with its range, and both errors. Of a profile: the
+    exponents of full attention.
+    """
+    if data["kind"] == "profile attention":
+        return _exponents(data, name)
     lines = [
         f"{bench_page.setting(data)}; {data['created'][:10]}, `benchmarks/results/{name}.json`.",
         "",
@@ -68,6 +82,35 @@ def markdown(data: dict, name: str) -> str:
         for ours in bench_tables.own(members):
             lines.append(f"| {' | '.join(_cells(ours, members, data))} |")
     return "\n".join(lines)
+
+
+_QUANTITIES = {"training_bytes": "memory", "forward_ms": "time"}
+
+
+def _exponents(data: dict, name: str) -> str:
+    """A row for each implementation, a column for each quantity and dropout probability."""
+    found: dict[str, dict[tuple[str, float], dict]] = {}
+    for law in data["fits"]:
+        if law["sweep"] == "seq" and not law["causal"] and law["quantity"] in _QUANTITIES:
+            found.setdefault(law["impl"], {})[law["quantity"], law["dropout_p"]] = law
+    columns = [(quantity, p) for quantity in _QUANTITIES for p in data["options"]["dropout"]]
+    heads = [f"{_QUANTITIES[q]}, {f'dropout {p:g}' if p else 'no dropout'}" for q, p in columns]
+    lines = [
+        f"{profile_page.setting(data)}; {data['created'][:10]}, `benchmarks/results/{name}.json`.",
+        "",
+        f"| full attention | {' | '.join(heads)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for laws in found.values():
+        ran = "; ".join(dict.fromkeys(law["label"] for law in laws.values()))
+        lines.append(f"| {ran} | {' | '.join(_power(laws.get(key)) for key in columns)} |")
+    return "\n".join(lines)
+
+
+def _power(law: "dict | None") -> str:
+    if law is None or not law["fitted"]:
+        return "not fitted"
+    return f"N^{law['exponent']:.2f} ({law['low']:.2f} to {law['high']:.2f})"
 
 
 def _cells(ours: dict, members: dict[str, dict], data: dict) -> list[str]:

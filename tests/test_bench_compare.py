@@ -129,6 +129,43 @@ def test_readme_tables_are_made_from_results(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_the_exponents_of_a_profile_are_made_into_a_table():
+    def law(impl, label, quantity, p, exponent, **more):
+        fitted = {"exponent": exponent, "low": exponent - 0.1, "high": exponent + 0.1}
+        held = {"sweep": "seq", "impl": impl, "label": label, "causal": False, "dropout_p": p}
+        return held | {"quantity": quantity, "fitted": True} | fitted | more
+
+    fits = [
+        law("fused", "fused (cpu)", "training_bytes", 0.0, 1.0),
+        law("fused", "fused (cpu)", "training_bytes", 0.1, 1.25),
+        law("fused", "fused (cpu)", "forward_ms", 0.0, 2.0),
+        law("fused", "fused (cpu)", "forward_ms", 0.1, 2.5, fitted=False),
+        law("fused", "fused (cpu)", "forward_ms", 0.0, 9.0, causal=True),
+        law("fused", "fused (cpu)", "forward_ms", 0.0, 9.0, sweep="head_dim"),
+        law("fused", "fused (cpu)", "backward_ms", 0.0, 9.0),
+        law("sdpa", "torch SDPA (flash)", "training_bytes", 0.0, 1.0),
+        law("sdpa", "torch SDPA (math)", "training_bytes", 0.1, 2.0),
+    ]
+    environment = {"device": "cpu", "device_name": "a CPU", "threads": 2, "torch": "2.13"}
+    options = {"dropout": [0.0, 0.1], "dtype": "fp32", "batch": 1, "heads": 8, "head_dim": 64}
+    data = {
+        "kind": "profile attention", "created": "2026-01-02T03", "environment": environment,
+        "options": options, "fits": fits, "text": None,
+    }  # fmt: skip
+    lines = readme.markdown(data, "profile-cpu").splitlines()
+    assert "a CPU, 2 threads" in lines[0]
+    assert lines[0].endswith("; 2026-01-02, `benchmarks/results/profile-cpu.json`.")
+    assert lines[2:] == [
+        "| full attention | memory, no dropout | memory, dropout 0.1 | time, no dropout "
+        "| time, dropout 0.1 |",
+        "|---|---|---|---|---|",
+        "| fused (cpu) | N^1.00 (0.90 to 1.10) | N^1.25 (1.15 to 1.35) | N^2.00 (1.90 to 2.10) "
+        "| not fitted |",
+        "| torch SDPA (flash); torch SDPA (math) | N^1.00 (0.90 to 1.10) | N^2.00 (1.90 to 2.10) "
+        "| not fitted | not fitted |",
+    ]
+
+
 def test_the_readme_agrees_with_the_result_files(capsys):
     assert cli.main(["bench", "readme", "--check"]) == 0
 
