@@ -91,7 +91,8 @@ def test_bias_activation(of_op, width, dtype):
     assert _narrow(found, "LDG") <= 3  # the seed and the bias
     assert _narrow(found, "STG") == 0
     found, options = kernels["_bias_activation_bwd_kernel"]
-    assert (found["LDG", 16], found["STG", 16]) == (2 * tile, tile)
+    assert found["LDGSTS", 16] == 2 * 2 * tile  # before the loop, and in it
+    assert (found["LDG", 16], found["STG", 16]) == (0, tile)
     assert _narrow(found, "LDG") <= 3
     assert _narrow(found, "STG") <= 1  # sums for the bias
 

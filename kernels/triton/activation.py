@@ -160,7 +160,7 @@ def _bias_activation_bwd_kernel(
         seed = tl.load(seed_ptr)
     # One sum for each element of a tile, so that threads meet only once, at the end.
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(group * ROWS, n_rows, groups * ROWS):
+    for start in tl.range(group * ROWS, n_rows, groups * ROWS, num_stages=2):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (rows < n_rows)[:, None] & (columns < width)[None, :]
         x_ptrs = x_ptr + rows[:, None] * x_stride + columns[None, :]
@@ -204,9 +204,9 @@ def _tile(n_rows: int, width: int) -> tuple[int, int]:
     return (2048 if columns > 32 else 1024) // columns, columns
 
 
-# Programs of 4 warps that a multiprocessor is given in the backward: enough loads in flight to
-# fill its bandwidth, few enough partial sums of the bias gradient to be negligible.
-_PROGRAMS_PER_SM = 8
+# Programs of 4 warps that a multiprocessor is given in the backward: what runs at once with 128
+# registers a thread, with a tile on its way for each; few enough partial sums to be negligible.
+_PROGRAMS_PER_SM = 4
 
 
 def bias_activation_fwd(
