@@ -17,6 +17,7 @@ from fusedformer.kernels.checks import (
     autocast,
     check_dropout_p,
     check_floating,
+    check_strided,
     check_tensor,
     checked_scale,
     is_integer,
@@ -191,6 +192,7 @@ def check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 def _checked_mask(name: str, label: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The mask, an argument called label, as a 4-d view whose sizes are 1 where it broadcasts."""
     check_tensor(name, label, mask, like=query, like_label="query", same_dtype=False)
+    check_strided(name, label, mask)
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"{name}: {label} must be bool or floating point; got {mask.dtype}")
     if mask.dtype == torch.float64 and query.dtype != torch.float64:
@@ -208,6 +210,7 @@ def _checked_mask(name: str, label: str, mask: Tensor, query: Tensor, key: Tenso
 def checked_lengths(name: str, key_lengths: Tensor, query: Tensor, limit: int) -> Tensor:
     """key_lengths as the op takes them; their values are check_length_values()'s."""
     check_tensor(name, "key_lengths", key_lengths, like=query, like_label="query", same_dtype=False)
+    check_strided(name, "key_lengths", key_lengths)
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: key_lengths must be int32 or int64; got {key_lengths.dtype}")
     if tuple(key_lengths.shape) != (query.shape[0],):

@@ -16,10 +16,22 @@ def shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def check_floating(op: str, name: str, tensor: object) -> None:
-    """Raises TypeError unless it is a tensor of one of DTYPES."""
+def check_strided(op: str, name: str, tensor: object) -> None:
+    """Raises TypeError unless it is a tensor, and neither sparse nor nested nor MKL-DNN's own."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        got = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
+        raise TypeError(f"{op}: {name} must be a dense tensor, with strides; got {got}")
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless it is a tensor of one of DTYPES.
+
+    That a plain one has strides is asked when its call has failed: dispatch.register().
+    """
+    if type(tensor) not in PLAIN_TENSORS:
+        check_strided(op, name, tensor)
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{op}: {name} must be float32, float16, bfloat16 or float64; got {tensor.dtype}"
@@ -41,7 +53,7 @@ def alike(first: Tensor, *others: Tensor) -> bool:
 
 
 def check_tensor(
-    op: str, name: str, tensor: object, *, like: Tensor, like_label: str, same_dtype: bool = True
+    op: str, name: str, tensor: Tensor, *, like: Tensor, like_label: str, same_dtype: bool = True
 ) -> None:
     """Raises unless it is a tensor on the device (and, if asked, of the dtype) of another.
 
@@ -49,8 +61,8 @@ def check_tensor(
         TypeError: not a tensor, or another dtype.
         ValueError: another device.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
+    if type(tensor) not in PLAIN_TENSORS:
+        check_strided(op, name, tensor)
     if same_dtype and tensor.dtype != like.dtype:
         raise TypeError(
             f"{op}: {name} must have the dtype of {like_label}, {like.dtype}; got {tensor.dtype}"

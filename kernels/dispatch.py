@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from fusedformer.kernels.checks import PLAIN_TENSORS, device_type
+from fusedformer.kernels.checks import PLAIN_TENSORS, check_strided, device_type
 
 # Where each backend keeps an op: "{file}" is the op's file name, the same in every folder.
 BACKENDS = {
@@ -144,7 +144,16 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable) -> Callable[
     registered = getattr(torch.ops.fusedformer, name).default
 
     def call(*args: Any) -> Any:
-        return impl(*args) if unobserved(args) else registered(*args)
+        if not unobserved(args):
+            return registered(*args)
+        try:
+            return impl(*args)
+        except RuntimeError:
+            # Asked afterwards, as what is usual should not pay for it.
+            for argument, value in zip(registered._schema.arguments, args, strict=True):
+                if isinstance(value, Tensor):
+                    check_strided(name.removesuffix("_fwd"), argument.name, value)
+            raise
 
     def call_backward(*args: Any) -> Any:
         if unobserved(args) and not any(_is_batched(x) for x in args if isinstance(x, Tensor)):

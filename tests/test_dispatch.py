@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+import fusedformer
 from fusedformer import attention, available_backends, use_backend
 from fusedformer.kernels import dispatch
 
@@ -64,3 +65,39 @@ def test_landing_on_the_reference_off_the_cpu_warns_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dispatch.pick("attention", "", (tensor,))
+
+
+# --- Tensors without strides ----------------------------------------------------------------------
+
+X, ROW, CLASSES = torch.ones(4, 8), torch.ones(8), torch.tensor([0, 1, 2, 3])
+HEADS = torch.ones(2, 2, 4, 8)
+CALLS = {
+    "attention: key": lambda bad: fusedformer.attention(HEADS, bad(HEADS), HEADS),
+    "attention: mask": lambda bad: fusedformer.attention(
+        HEADS, HEADS, HEADS, mask=bad(torch.ones(4, 4))
+    ),
+    "attention: key_lengths": lambda bad: fusedformer.attention(
+        HEADS, HEADS, HEADS, key_lengths=bad(CLASSES[:2])
+    ),
+    "dropout_add_layer_norm: x": lambda bad: fusedformer.layer_norm(bad(X), ROW),
+    "dropout_add_layer_norm: residual": lambda bad: fusedformer.dropout_add_layer_norm(X, bad(X)),
+    "dropout: x": lambda bad: fusedformer.dropout(bad(X)),
+    "bias_activation: bias": lambda bad: fusedformer.bias_activation(X, bad(ROW)),
+    "cross_entropy: target": lambda bad: fusedformer.cross_entropy(X, bad(CLASSES)),
+    "linear_cross_entropy: input": lambda bad: fusedformer.linear_cross_entropy(bad(X), X, CLASSES),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_sparse_tensors_raise(name):
+    with pytest.raises(TypeError, match=f"^{name} must be a dense tensor, .*torch.sparse_coo"):
+        CALLS[name](torch.Tensor.to_sparse)
+    CALLS[name](lambda x: x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_raise():
+    nested = torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged)
+    for name, op in (("rms_norm", fusedformer.rms_norm), ("dropout", fusedformer.dropout)):
+        with pytest.raises(TypeError, match=f"^{name}: x must be a dense tensor, .* a nested"):
+            op(nested)
