@@ -124,8 +124,8 @@ class _CrossEntropy(Function):
 
 def check_loss_options(
     name: str,
-    target: object,
-    weight: object,
+    target: Tensor,
+    weight: "Tensor | None",
     classes: int,
     ignore_index: object,
     reduction: object,
@@ -138,7 +138,6 @@ def check_loss_options(
         ValueError, TypeError: an argument is not as cross_entropy() says.
     """
     check_tensor(name, "target", target, like=like, like_label="input", same_dtype=False)
-    assert isinstance(target, Tensor)
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"{name}: target must be class indices, int64 or int32 (class probabilities are not "
@@ -149,7 +148,6 @@ def check_loss_options(
     if weight is not None:
         check_floating(name, "weight", weight)
         check_tensor(name, "weight", weight, like=like, like_label="input", same_dtype=False)
-        assert isinstance(weight, Tensor)
         if tuple(weight.shape) != (classes,):
             raise ValueError(
                 f"{name}: weight must be ({classes},), one for each class; got {shape(weight)}"
