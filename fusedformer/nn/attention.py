@@ -175,16 +175,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Those of key and value are None where key is.
         """
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        width = self.embed_dim
+        if weight is not None and query is key and key is value:
+            return [self._split_heads(x) for x in linear(query, weight, bias).chunk(3, -1)]
         if weight is None:  # kdim or vdim differs from embed_dim
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         else:
             weights = list(weight.chunk(3))
         biases = [None] * 3 if bias is None else list(bias.chunk(3))
         projected: list[Tensor | None]
-        if weight is not None and query is key and key is value:
-            projected = [*linear(query, weight, bias).chunk(3, -1)]
-        elif weight is not None and key is not None and key is value:
+        if weight is not None and key is not None and key is value:
+            width = self.embed_dim
             rest = None if bias is None else bias[width:]
             keys_and_values = linear(key, weight[width:], rest).chunk(2, -1)
             projected = [linear(query, weights[0], biases[0]), *keys_and_values]
