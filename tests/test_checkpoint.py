@@ -140,7 +140,7 @@ def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "weights":
-    checkpoint._safetensors().save_file = kill
+    checkpoint.safetensors().save_file = kill
 elif moment == "flush":
     checkpoint._flush = kill
 elif moment == "rename":

@@ -4,12 +4,13 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 
 import pytest
 import torch
 
 from fusedformer.cli import main
-from fusedformer.transformer import checkpoint, datasets, presets, train_setup
+from fusedformer.transformer import checkpoint, data, datasets, presets, train_setup
 from fusedformer.transformer.presets import TrainConfig, parse, resolve
 from fusedformer.transformer.train import train
 
@@ -144,6 +145,21 @@ def test_a_folder_does_not_hide_the_data_set_of_its_name(tmp_path, monkeypatch):
     config = presets.CONFIGS["bert"]()
     assert train_setup._read_one("shakespeare", "bert", config) == ["the data set shakespeare"]
     assert train_setup._read_one("./shakespeare", "bert", config) == ["mine"]
+
+
+def test_a_missing_library_is_said_at_once(tmp_path, monkeypatch, capsys, text):
+    """Not at the first checkpoint, and not as damage to what it would have read."""
+    out, weights = tmp_path / "out", tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    command = ["train", "gpt", "--data", str(text), "--out", str(out), "--set", *TINY]
+    assert_user_error(command, "checkpoints need safetensors (pip install safetensors)", capsys)
+    assert not out.exists()
+    with pytest.raises(ValueError, match=r"^checkpoints need safetensors"):
+        checkpoint.read_tensors(weights)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"^text needs the package tokenizers"):
+        data.load_tokenizer(text)
 
 
 # --- Data that does not fit -----------------------------------------------------------------------

@@ -237,7 +237,7 @@ KILLED = """
     import test_trainer
     from fusedformer.transformer import checkpoint
 
-    save_file = checkpoint._safetensors().save_file
+    save_file = checkpoint.safetensors().save_file
 
     def kill_in_second(tensors, path):
         save_file(tensors, path)
@@ -245,7 +245,7 @@ KILLED = """
             path.write_bytes(path.read_bytes()[:100])
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint._safetensors().save_file = kill_in_second
+    checkpoint.safetensors().save_file = kill_in_second
     test_trainer.trainer(Path(sys.argv[1])).run()
 """
 

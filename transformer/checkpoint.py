@@ -38,7 +38,12 @@ MODELS: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
 }
 
 
-def _safetensors() -> Any:
+def safetensors() -> Any:
+    """The library that weights are read and written with.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         return importlib.import_module("safetensors.torch")
     except ImportError:
@@ -74,7 +79,7 @@ def write(
     state: "tuple[Mapping[str, Tensor], Mapping[str, Any]] | None" = None,
 ) -> Path:
     """As save(), with weights that may be gathered from elsewhere and the training's state."""
-    folder, library = Path(folder), _safetensors()
+    folder, library = Path(folder), safetensors()
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; it is not overwritten")
     name = next(name for name, (kind, _) in MODELS.items() if type(model) is kind)
@@ -242,8 +247,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
+    library = safetensors()
     try:
-        return _safetensors().load_file(file)
+        return library.load_file(file)
     except Exception as error:  # its own class derives from Exception alone
         raise ValueError(f"{file} is damaged: {error}") from None
 

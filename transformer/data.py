@@ -252,6 +252,7 @@ def load_tokenizer(path: "str | Path") -> "Tokenizer":
         ValueError: it is none.
     """
     text = Path(path).read_text(encoding="utf-8")
+    _tokenizers()  # without which the text is not to blame
     try:
         return tokenizer_from(text)
     except Exception as error:  # the library raises no narrower class

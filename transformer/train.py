@@ -60,6 +60,7 @@ def train(
     asked = {"task": task, "preset": preset, "data": data, "held_out": held_out, "start": start}
     run = _resumed(out, asked, fields) if resume else _new(out, asked, fields)
     model_config, config, _ = resolve(run["task"], run["preset"], run["fields"])
+    checkpoint.safetensors()  # rather than after hours
     with World(parallel) as world:
         # In a function of its own: DDP has to be gone before its processes part, or gloo may abort.
         return _train(run, model_config, config, out, world, say)
