@@ -286,10 +286,13 @@ def tiny(**changes):
     return parse("gpt", TINY) | {"vocab_size": 270, "max_length": 16} | changes
 
 
-def test_held_out_file(tmp_path, text):
+def test_held_out_file_and_no_matplotlib(tmp_path, monkeypatch, capsys, text):
     other = tmp_path / "other.txt"
     other.write_text("The door is open. " * 30)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     found = train("gpt", data=text, held_out=other, out=tmp_path / "out", say=print, **tiny())
+    assert "no loss.png: matplotlib is not installed" in capsys.readouterr().out
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["held_out"] == str(other)
     assert found["bits per byte of a trigram model"] < found["bits per byte"]

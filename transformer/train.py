@@ -4,6 +4,7 @@
 model and a task of one's own.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,8 @@ def _train(
         found = report(model, setup.task, tokenizer, setup.held_out)
         (out / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         lines = {name: value for name, value in found.items() if "cross-entropy of" in name}
-        draw_losses(out, lines)
+        if not draw_losses(out, lines) and importlib.util.find_spec("matplotlib") is None:
+            tell("no loss.png: matplotlib is not installed (pip install matplotlib)")
     return world.share(found)
 
 
