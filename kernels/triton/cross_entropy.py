@@ -176,6 +176,7 @@ def cross_entropy_bwd(
             SAME_STRIDE=stride == grad_stride,
             UNIT=access,
             COLUMNS=COLUMNS,
+            PIECE=512,
             num_warps=4,
         )
     return grad

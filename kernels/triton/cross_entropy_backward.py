@@ -107,6 +107,7 @@ def cross_entropy_wide_bwd_kernel(
     SAME_STRIDE: tl.constexpr,  # of logits and gradient
     UNIT: tl.constexpr,  # elements of a 16-byte access
     COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     target, ignored, lse, slope, hit, rest = _coefficients(
@@ -121,29 +122,39 @@ def cross_entropy_wide_bwd_kernel(
         shift = (start % UNIT).to(tl.int32)
     start = start // UNIT * UNIT
     block_start = tl.program_id(0) % blocks * COLUMNS
-    offsets = block_start + tl.arange(0, COLUMNS)
-    columns = offsets - shift
+    block_end = block_start + COLUMNS
+    logits_ptr += start
     if SAME_STRIDE:
-        grad_ptrs = grad_ptr + start + offsets
+        grad_ptr += start
     elif ALIGNED:
-        grad_ptrs = grad_ptr + row * grad_stride // UNIT * UNIT + offsets
+        grad_ptr += row * grad_stride // UNIT * UNIT
     else:
-        grad_ptrs = grad_ptr + row * grad_stride + columns
-    ragged = (block_start < shift) | (block_start + COLUMNS > shift + classes)
-    if ALIGNED or ragged:
+        grad_ptr += row * grad_stride - shift
+    if not ALIGNED and ((block_start < shift) | (block_end > shift + classes)):
+        # Element by element, and few at a time: their addresses would take the registers of all.
+        for piece_start in range(block_start, block_end, PIECE):
+            offsets = piece_start + tl.arange(0, PIECE)
+            columns = offsets - shift
+            inside = (columns >= 0) & (columns < classes)
+            x = tl.load(logits_ptr + offsets, mask=inside, other=0.0)
+            grad = _gradient(
+                x, columns, weight_ptr, inside, target, ignored, lse, slope, hit, rest,
+                HAS_WEIGHT, SMOOTHING,
+            )  # fmt: skip
+            tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+    else:
+        offsets = block_start + tl.arange(0, COLUMNS)
+        columns = offsets - shift
         inside = columns < classes
-        if not ALIGNED:
-            inside &= columns >= 0
-        x = tl.load(logits_ptr + start + offsets, mask=inside, other=0.0)
+        if ALIGNED:
+            x = tl.load(logits_ptr + offsets, mask=inside, other=0.0)
+        else:
+            x = tl.load(logits_ptr + offsets)
         grad = _gradient(
             x, columns, weight_ptr, inside, target, ignored, lse, slope, hit, rest,
             HAS_WEIGHT, SMOOTHING,
         )  # fmt: skip
-        tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=inside)
-    else:
-        x = tl.load(logits_ptr + start + offsets)
-        grad = _gradient(
-            x, columns, weight_ptr, columns >= 0, target, ignored, lse, slope, hit, rest,
-            HAS_WEIGHT, SMOOTHING,
-        )  # fmt: skip
-        tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty))
+        if ALIGNED:
+            tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty))
