@@ -10,6 +10,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def attention_arguments(
 
 
 def forward(
-    variant: Variant, query: Tensor, key: Tensor, value: Tensor, **options: object
+    variant: Variant, query: Tensor, key: Tensor, value: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """O (B, H, Nq, D) and LSE (B, H, Nq) by a variant, on torch's current stream.
 
@@ -154,7 +155,7 @@ def forward(
     out = query.new_empty(batch, n_queries, heads, dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     counter = query.new_empty((), dtype=torch.int32)
-    call = attention_arguments(query, key, value, out, lse, counter, **options)  # type: ignore[arg-type]
+    call = attention_arguments(query, key, value, out, lse, counter, **options)
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     error = library().variant_run(variant.index, ctypes.byref(call), stream)
     if error is not None:

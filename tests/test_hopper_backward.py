@@ -2,6 +2,7 @@
 
 import ctypes
 import random
+import shutil
 
 import attention_cases as cases
 import hopper_calls
@@ -211,3 +212,52 @@ def test_tiles_and_turns_against_the_mask(library):
                 if seen:
                     turns[tile].append(lib.turn(block, tile, length, diagonal, rows, columns))
         assert all(taken == list(range(len(taken))) for taken in turns.values())
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "dQ's buffer before it is read": ("    tma_wait_read<1>();\n", ""),
+    "fence of dQ": (
+        "    fence_async();\n    mbarrier_arrive(&s.grad_query_full",
+        "    mbarrier_arrive(&s.grad_query_full",
+    ),
+    "wait for dQ's buffer": ("mbarrier_wait(&s.grad_query_empty[consumer], (t + 1) % 2);", ""),
+    "fence of dS": (
+        "    fence_async();\n    barrier_sync(kBothConsumers, 128 * kConsumers);\n    if",
+        "    barrier_sync(kBothConsumers, 128 * kConsumers);\n    if",
+    ),
+    "a turn before the sums are there": ("      tma_wait<0>();\n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(tmp_path, mistake):
+    """Each is put into the sources, and the tests above see it."""
+    shutil.copytree(hopper_calls.CUDA.parent, tmp_path / "csrc")
+    right, wrong = MISTAKES[mistake]
+    cuda, found = tmp_path / "csrc" / "cuda", 0
+    for path in cuda.glob("attention_backward*.h"):
+        text = path.read_text()
+        found += text.count(right)
+        path.write_text(text.replace(right, wrong))
+    assert found == 1, "the sources no longer have this"
+    emulator = hopper_calls.build_emulator(tmp_path)
+    library = hopper_calls.build_driver(
+        "backward_main.cpp", 64, tmp_path / "backward.so", emulator, cuda
+    )
+    library.workspace_bytes.restype = ctypes.c_size_t
+    turns = "turn" in mistake
+    case = {**PLAIN, "queries": 140 if turns else 400, "keys": 300 if turns else 64}
+    case["dtype"] = torch.float16
+
+    def check_seeds():
+        found = [
+            check(lambda dim: library, case, seed=seed, resident=3 if turns else 1, turns=turns)
+            for seed in range(12)
+        ]
+        assert not turns or all(torch.equal(found[0][0], grads[0]) for grads in found)
+
+    with pytest.raises(AssertionError):
+        check_seeds()
