@@ -116,12 +116,12 @@ def layer_norm_fwd_kernel(
     row_inside = (rows < n_rows) | (ROWS == 1)  # a program a row: no mask
     seed = load_seed(seed_ptr)
     # All is read before anything is written, as the compiler cannot know that it may be.
-    xs, residuals = (), ()
+    xs, residuals = (), ()  # type: tuple, tuple
     for block in tl.static_range(BLOCKS):
         columns, inside = _block_of_rows(block, row_inside, width, BLOCK, WHOLE)
         xs += (load_tile(x_ptr, rows, x_stride, columns, inside),)
         residuals += (load_tile(residual_ptr, rows, residual_stride, columns, inside),)
-    zs = ()
+    zs = ()  # type: tuple
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for block in tl.static_range(BLOCKS):
         columns, inside = _block_of_rows(block, row_inside, width, BLOCK, WHOLE)
