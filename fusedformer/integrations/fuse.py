@@ -284,7 +284,8 @@ def _dropouts_of_attention(model: Any) -> Iterator[Dropout]:
 
 def _reads_p_alone(forward: Any, name: str) -> bool:
     """Whether all that a forward does with its self.<name> is to read self.<name>.p."""
-    names = [step.argval for step in dis.get_instructions(inspect.unwrap(forward))]
+    code = getattr(inspect.unwrap(forward), "__code__", None)  # none where it is no function
+    names = [step.argval for step in dis.get_instructions(code)] if code else []
     after = [names[at + 1] for at, found in enumerate(names[:-1]) if found == name]
     return bool(after) and set(after) == {"p"}
 
