@@ -6,7 +6,6 @@ GELU is Hendrycks & Gimpel, "Gaussian Error Linear Units" (2016); SiLU is Elfwin
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
 from fusedformer.kernels.checks import (
@@ -15,7 +14,7 @@ from fusedformer.kernels.checks import (
     check_tensor,
     shape,
 )
-from fusedformer.kernels.function import Function, run
+from fusedformer.kernels.function import Function, once_differentiable, run
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 

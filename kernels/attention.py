@@ -9,9 +9,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
+from fusedformer.kernels.attention_plain import attention_plain
 from fusedformer.kernels.checks import (
     alike,
     autocast,
@@ -23,7 +23,7 @@ from fusedformer.kernels.checks import (
     is_integer,
     shape,
 )
-from fusedformer.kernels.function import Function, run
+from fusedformer.kernels.function import Function, once_differentiable, run
 
 MAX_HEAD_DIM = 256
 _OFFSETS_END = 2**62  # sums of two of them and of lengths stay within 64 bits
@@ -323,6 +323,13 @@ def attention(
         ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
         RuntimeError: the backend named cannot run this call; the message says why.
     """
+    if (
+        mask is None and key_lengths is None and seed is None and offsets is None
+        and backend is None and not return_lse
+    ):  # fmt: skip
+        out = attention_plain(query, key, value, causal, scale, dropout_p)
+        if out is not None:
+            return out
     out, lse = checked_attention(
         "attention", query, key, value, mask, key_lengths, "last" if causal else False, scale,
         dropout_p, seed, offsets, backend,

@@ -7,7 +7,6 @@ et al., "Rethinking the Inception Architecture for Computer Vision" (2016), sect
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch
 from fusedformer.kernels.checks import (
@@ -18,7 +17,7 @@ from fusedformer.kernels.checks import (
     is_number,
     shape,
 )
-from fusedformer.kernels.function import Function, run
+from fusedformer.kernels.function import Function, once_differentiable, run
 
 REDUCTIONS = ("none", "mean", "sum")
 

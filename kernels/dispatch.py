@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_unary
 
 from fusedformer.kernels.checks import PLAIN_TENSORS, check_strided, device_type
@@ -56,9 +57,8 @@ _is_zero = getattr(torch, "_is_zerotensor", lambda _: True)  # a tensor without 
 _profiled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 # Classes of arguments that are what they seem.
-_PLAIN = frozenset(
-    (*PLAIN_TENSORS, torch.dtype, type(None), bool, int, float, str, list)
-)
+_TENSORS = frozenset(PLAIN_TENSORS)
+_PLAIN = _TENSORS.union((torch.dtype, type(None), bool, int, float, str, list))
 
 _default = AUTOMATIC
 _modules: dict[tuple[str, str], ModuleType | None] = {}
@@ -98,7 +98,7 @@ def checked(op: str, backend: "str | None") -> str:
     return backend
 
 
-def unobserved(args: tuple) -> bool:
+def unobserved(args: tuple, classes: frozenset[type] = _PLAIN) -> bool:
     """Whether calling an op with these arguments is no more than computing it, on a CPU or GPU.
 
     Not so where something else would see the call, and perhaps take it over: compilers, transforms,
@@ -108,7 +108,7 @@ def unobserved(args: tuple) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and _PLAIN.issuperset(map(type, args))
+        and classes.issuperset(map(type, args))
         and (args[0].is_cpu or (args[0].is_cuda and not _any_lazy(args)))
         and not has_torch_function_unary(args[0])  # modes: no class here has one
         and not _dispatch_modes()
@@ -121,6 +121,31 @@ def unobserved(args: tuple) -> bool:
 def _any_lazy(args: tuple) -> bool:
     """Whether the memory of a tensor is not what it stands for: a negative, zeros without any."""
     return any(x.is_neg() or _is_zero(x) for x in args if isinstance(x, Tensor))
+
+
+def unobserved_backward(args: tuple) -> bool:
+    """The same of a backward op, whose arguments start with one gradient or two."""
+    return (
+        unobserved(args)
+        and not _is_batched(args[0])
+        and not (isinstance(args[1], Tensor) and _is_batched(args[1]))
+    )
+
+
+def straight_to_cpu(op: str, tensors: "tuple[Any, ...]") -> "ModuleType | None":
+    """The CPU backend, where an eager call is no more than its kernel (and a backward); else None.
+
+    It is so where the automatic choice would be that backend, nothing looks on, and ``tensors`` are
+    what they are called: nobody need have checked them. The first call of an op never is, for its
+    choice of a backend is what loads the module.
+    """
+    if not unobserved(tensors, _TENSORS) or not tensors[0].is_cpu:
+        return None
+    if _default or PREFERENCE["cpu"][0] != "cpu" or forward_ad._current_level >= 0:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    return _modules.get(("cpu", op))
 
 
 def define(
@@ -156,9 +181,7 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable) -> Callable[
             raise
 
     def call_backward(*args: Any) -> Any:
-        if unobserved(args) and not any(_is_batched(x) for x in args if isinstance(x, Tensor)):
-            return impl(*args)
-        return registered(*args)
+        return impl(*args) if unobserved_backward(args) else registered(*args)
 
     return call_backward if name.endswith("_bwd") else call
 

@@ -4,11 +4,10 @@ Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfi
 """
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
 from fusedformer.kernels.checks import check_dropout_p, check_floating
-from fusedformer.kernels.function import Function, run
+from fusedformer.kernels.function import Function, once_differentiable, run
 
 # --- Registered ops -------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """The way from a public function into autograd, as short as it can be."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,12 +49,34 @@ def run(function: type[Function], *args: Any) -> Any:
             ) from None
     if dispatch.transforms_active():
         return function.apply(*args)
-    if torch.is_grad_enabled():
-        for tensor in args[: function.differentiable]:
-            if tensor is not None and tensor.requires_grad:
-                # What lies beneath Function.apply() has no types.
-                return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    if wants_gradient(*args[: function.differentiable]):
+        return apply(function, *args)
     return function.forward(*args)
+
+
+def wants_gradient(*tensors: "Tensor | None") -> bool:
+    """Whether a call with these tensors has to be recorded for a backward."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """The C++ function beneath ``function.apply(*args)``, which has no types."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's, which where gradients are off already, as they mostly are, has nothing to do."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run_backward
 
 
 def _distinct(args: tuple) -> list[Any]:

@@ -6,7 +6,6 @@ Normalization" (2019).
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch, rng
 from fusedformer.kernels.checks import (
@@ -17,7 +16,7 @@ from fusedformer.kernels.checks import (
     is_number,
     shape,
 )
-from fusedformer.kernels.function import Function, run
+from fusedformer.kernels.function import Function, once_differentiable, run, wants_gradient
 
 OP = "dropout_add_layer_norm"
 
@@ -275,6 +274,16 @@ def dropout_add_layer_norm(
 
 
 def _norm(name, x, weight, bias, eps, is_rms_norm, backend):
+    if backend is None and type(eps) is float:
+        tensors = (x, weight, bias)
+        if weight is None or bias is None:
+            tensors = (x, *(vector for vector in (weight, bias) if vector is not None))
+        # Eager, without gradients, on a CPU: one C++ function checks and computes, or hands back.
+        cpu = dispatch.straight_to_cpu(OP, tensors)
+        if cpu is not None and not wants_gradient(*tensors):
+            y = cpu.norm_plain(x, weight, bias, eps, is_rms_norm)
+            if y is not None:
+                return y
     _check(name, x, eps, weight=weight, bias=bias)
     return run(
         _DropoutAddLayerNorm,

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedformer.kernels import dispatch
 from fusedformer.kernels.checks import autocast, check_floating, check_tensor, shape
@@ -30,7 +29,7 @@ from fusedformer.kernels.cross_entropy import (
     loss_dtype,
     statistics_dtype,
 )
-from fusedformer.kernels.function import Function, run
+from fusedformer.kernels.function import Function, once_differentiable, run
 
 # --- Chunks ---------------------------------------------------------------------------------------
 

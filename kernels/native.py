@@ -10,6 +10,8 @@ Conventions, for every op (csrc/cpu/ops.cpp has those of the C++ side):
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +62,13 @@ def unsupported_tensors(*tensors: "Tensor | None") -> "str | None":
     return library()[1] if tensors[0].is_cpu else unsupported_device(tensors[0].device)
 
 
+@functools.cache
+def _entry(name: str) -> Callable[..., Any]:
+    """An entry point of the library, once that is loaded: the C function beneath its OpOverload."""
+    overload = getattr(_ops, name).default
+    return getattr(overload, "_op", overload)
+
+
 def _dropout(p: float) -> tuple[int, float]:
     """The threshold, and the scale of what is kept."""
     return rng.threshold(p), 1 / (1 - p)
@@ -75,7 +84,7 @@ def dropout_unsupported(x: Tensor, *args: object) -> "str | None":
 
 def dropout_fwd(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """As reference.dropout_fwd."""
-    return _ops.dropout_fwd.default(x, seed, *_dropout(p))
+    return _entry("dropout_fwd")(x, seed, *_dropout(p))
 
 
 def dropout_bwd(grad_out: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -110,9 +119,26 @@ def dropout_add_layer_norm_fwd(
     z_dtype: torch.dtype,
 ) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor]":
     """As reference.dropout_add_layer_norm_fwd."""
-    return _ops.dropout_add_layer_norm_fwd.default(
+    return _entry("dropout_add_layer_norm_fwd")(
         x, residual, weight, bias, seed, *_dropout(dropout_p), eps, is_rms_norm, prenorm, z_dtype
     )
+
+
+def norm_plain(
+    x: Tensor,
+    weight: "Tensor | None",
+    bias: "Tensor | None",
+    eps: float,
+    is_rms_norm: bool,
+) -> "Tensor | None":
+    """y of a norm alone, unchecked: None where that is not as usual."""
+    if library()[1] is not None:
+        return None
+    options = (eps, is_rms_norm) if is_rms_norm or eps != 1e-5 else ()
+    try:
+        return _entry("norm_plain")(x, weight, bias, *options)
+    except NotImplementedError:  # sparse, nested, on another device
+        return None
 
 
 def dropout_add_layer_norm_bwd(
@@ -134,7 +160,7 @@ def dropout_add_layer_norm_bwd(
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]":
     """As reference.dropout_add_layer_norm_bwd."""
-    return _ops.dropout_add_layer_norm_bwd.default(
+    return _entry("dropout_add_layer_norm_bwd")(
         grad_y, grad_z, source, residual, weight, bias, seed, mean, rstd, *_dropout(dropout_p),
         prenorm, z_dtype, residual_grad, weight_grad, bias_grad,
     )  # fmt: skip
@@ -155,7 +181,7 @@ def bias_activation_fwd(
     x: Tensor, bias: "Tensor | None", seed: "Tensor | None", activation: str, dropout_p: float
 ) -> Tensor:
     """As reference.bias_activation_fwd."""
-    return _ops.bias_activation_fwd.default(
+    return _entry("bias_activation_fwd")(
         x, bias, seed, _ACTIVATIONS[activation], *_dropout(dropout_p)
     )
 
@@ -170,7 +196,7 @@ def bias_activation_bwd(
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None]":
     """As reference.bias_activation_bwd."""
-    return _ops.bias_activation_bwd.default(
+    return _entry("bias_activation_bwd")(
         grad_out, x, bias, seed, _ACTIVATIONS[activation], *_dropout(dropout_p), bias_grad
     )
 
@@ -189,7 +215,7 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: "Tensor | None", ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.cross_entropy_fwd."""
-    return _ops.cross_entropy_fwd.default(logits, target, weight, ignore_index, smoothing)
+    return _entry("cross_entropy_fwd")(logits, target, weight, ignore_index, smoothing)
 
 
 def cross_entropy_bwd(
@@ -204,7 +230,7 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """As reference.cross_entropy_bwd."""
     grad = logits if overwrite else logits.new_empty(logits.shape)
-    _ops.cross_entropy_bwd.default(
+    _entry("cross_entropy_bwd")(
         grad_losses, lse, logits, target, weight, ignore_index, smoothing, grad
     )
     return grad
@@ -261,8 +287,56 @@ def attention_fwd(
     if diagonal is None:
         diagonal = key.shape[2]  # which hides nothing
     dropout = () if seed is None else (seed, *_dropout(dropout_p), *offsets)
-    return _ops.attention_fwd.default(
+    return _entry("attention_fwd")(
         query, key, value, mask, key_lengths, diagonal, scale, *dropout
+    )
+
+
+# The same without options, unchecked: what is not as usual, these hand back (None). Arguments that
+# are not passed cost no time.
+
+
+def _plain_options(causal: bool, scale: "float | None") -> tuple:
+    return () if scale is None and not causal else (bool(causal), scale)
+
+
+def attention_plain(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: "float | None"
+) -> "Tensor | None":
+    """O, or None."""
+    if library()[1] is not None:
+        return None
+    try:
+        return _entry("attention_plain")(query, key, value, *_plain_options(causal, scale))
+    except NotImplementedError:  # sparse, nested, on another device
+        return None
+
+
+def attention_plain_fwd(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: "float | None"
+) -> "tuple[Tensor, Tensor] | tuple[None, None]":
+    """O and LSE, or None and None."""
+    if library()[1] is not None:
+        return None, None
+    try:
+        return _entry("attention_plain_fwd")(query, key, value, *_plain_options(causal, scale))
+    except NotImplementedError:
+        return None, None
+
+
+def attention_plain_bwd(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: "float | None",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of a call that attention_plain_fwd took."""
+    return _entry("attention_plain_bwd")(
+        grad_out, out, lse, query, key, value, *_plain_options(causal, scale)
     )
 
 
@@ -282,15 +356,15 @@ def attention_bwd(
     dropout_p: float,
     offsets: list[int],
     mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dQ, dK, dV and the mask's gradient, empty where not asked; see reference.attention_bwd.
+) -> "tuple[Tensor, Tensor, Tensor, Tensor | None]":
+    """dQ, dK, dV and the mask's gradient, None where not asked; see reference.attention_bwd.
 
     Deterministic.
     """
     if diagonal is None:
         diagonal = key.shape[2]
     dropout = () if seed is None else (seed, *_dropout(dropout_p), *offsets)
-    return _ops.attention_bwd.default(
+    return _entry("attention_bwd")(
         grad_out, grad_lse, out, lse, mask_grad,
         query, key, value, mask, key_lengths, diagonal, scale, *dropout,
     )  # fmt: skip

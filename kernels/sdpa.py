@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fusedformer.kernels.attention import checked_attention
+from fusedformer.kernels.attention_plain import attention_plain
 from fusedformer.kernels.checks import check_floating, shape
 
 
@@ -39,6 +40,14 @@ def scaled_dot_product_attention(
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise ValueError(f"{name}: attn_mask must be None when is_causal is set")
+    if (
+        attn_mask is None and backend is None and not torch.compiler.is_compiling()
+        and type(query) is type(key) is Tensor and query.shape == key.shape
+    ):  # fmt: skip
+        # As many keys as queries, and of heads: all rules are attention()'s, the causal one, too.
+        out = attention_plain(query, key, value, is_causal, scale, dropout_p)
+        if out is not None:
+            return out
     own = 3 if enable_gqa else 2  # dimensions that do not broadcast: heads only without groups
     for label, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(name, label, tensor)

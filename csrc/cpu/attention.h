@@ -16,6 +16,7 @@ namespace fusedformer {
 
 constexpr int TILE = 64;    // queries; a multiple of 16, as the dropout mask's tiles ask
 constexpr int BLOCK = 128;  // keys; likewise
+constexpr int MAX_DIM = 256;  // of a head
 constexpr int MAX_TILES = 4;  // that a task of the forward takes at once
 
 enum class DType { float32, bfloat16, float16, boolean };
@@ -39,7 +40,7 @@ struct Attention {
   int dim;
   DType dtype;                   // of query, key, value, out and their gradients
   Tensor4 query, key, value, out;
-  float* lse;                    // (B, H, Nq), contiguous
+  float* lse;                    // (B, H, Nq), contiguous; null: the forward writes none
   const char* mask;              // broadcast over (B, H, Nq, Nk) by strides of 0; or null
   int64_t mask_strides[4];       // in bytes
   DType mask_dtype;

@@ -145,7 +145,7 @@ void decode_merge(const Attention& p, int64_t b, int64_t h, float* parts, int64_
     });
   }
   // A query with nothing to attend to has O = 0 and LSE = -inf; out is zeros then, as it came.
-  p.lse[b * p.heads + h] = static_cast<float>(top + log(sum));
+  if (p.lse) p.lse[b * p.heads + h] = static_cast<float>(top + log(sum));
   const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
   char* to = p.out.at(b, h, 0);
   switch (p.dtype) {

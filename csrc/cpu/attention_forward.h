@@ -215,15 +215,16 @@ void attend_block(const Attention& p, int64_t b, int64_t h, QueryState& state,
 
 template <class Math>
 void finish_tile(const Attention& p, int64_t b, int64_t h, QueryState& state, ForwardScratch& s) {
-  float* lse = p.lse + (b * p.heads + h) * p.n_queries + state.first;
-  for (int i = 0; i < state.n; ++i) {
-    const float sum = state.sum[i];
+  if (p.lse) {
+    float* lse = p.lse + (b * p.heads + h) * p.n_queries + state.first;
     // Rounded but once: the backward takes the exponential of what is stored. A row with nothing to
     // attend to has O = 0 and LSE = -inf.
-    lse[i] = static_cast<float>(state.maximum[i] / static_cast<double>(Math::UNIT) +
-                                __builtin_log(sum));
-    state.sum[i] = sum == 0 ? 0 : p.inverse_keep / sum;
+    for (int i = 0; i < state.n; ++i)
+      lse[i] = static_cast<float>(state.maximum[i] / static_cast<double>(Math::UNIT) +
+                                  __builtin_log(state.sum[i]));
   }
+  for (int i = 0; i < state.n; ++i)
+    state.sum[i] = state.sum[i] == 0 ? 0 : p.inverse_keep / state.sum[i];
   const auto factor = [&](int row) FUSEDFORMER_LAMBDA { return state.sum[row]; };
   store_columns(state.out, factor, state.n, p.dim, s.rows, p.dtype, p.out.at(b, h, state.first),
                 p.out.row);

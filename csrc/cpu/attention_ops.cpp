@@ -1,9 +1,8 @@
-// Entry points of attention: torch.ops.fusedformer_native.attention_fwd and attention_bwd. Cuts the
-// work into tasks; the kernels are in attention_forward.h and attention_backward.h. The conventions
-// are those of ops.cpp.
+// Entry points of attention: torch.ops.fusedformer_native.attention_fwd and attention_bwd, and for
+// calls without options attention_plain*. Cuts the work into tasks; the kernels are in
+// attention_forward.h and attention_backward.h. The conventions are those of ops.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -13,9 +12,8 @@
 #include <tuple>
 #include <vector>
 
-#include "attention.h"
+#include "attention_call.h"
 #include "attention_decode.h"
-#include "new_tensor.h"
 
 namespace fusedformer {
 
@@ -25,9 +23,6 @@ void attention_wait(const int* counter, int value) {
 }
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // --- Tasks ---------------------------------------------------------------------------------------
 
@@ -58,11 +53,12 @@ char* thread_scratch(size_t bytes) {
   return memory->data();
 }
 
+constexpr double WORTH_A_THREAD = 1 << 20;  // in multiply-adds
+
 // run(task, scratch) for every task, which threads take up in order as they get free. `work` is how
 // many multiply-adds all are: a little is not worth waking other threads.
 template <class Run>
 void run_tasks(int64_t tasks, double work, size_t scratch_bytes, Run&& run) {
-  constexpr double WORTH_A_THREAD = 1 << 20;
   int64_t workers = torch::stable::get_num_threads();
   if (workers > tasks) workers = tasks;
   const int64_t worth = 1 + static_cast<int64_t>(work / WORTH_A_THREAD);
@@ -78,82 +74,6 @@ void run_tasks(int64_t tasks, double work, size_t scratch_bytes, Run&& run) {
   else
     torch::stable::parallel_for(0, workers, 1, take);
 }
-
-// --- Arguments -----------------------------------------------------------------------------------
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::Bool: return DType::boolean;
-    default: STD_TORCH_CHECK(false, "attention: a dtype that the C++ kernels do not take");
-  }
-  return DType::float32;
-}
-
-// The kernels take any strides but that of D: such a tensor is copied.
-Tensor readable(const Tensor& tensor) {
-  return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-Tensor4 view(const Tensor& tensor, const void* data) {
-  const int64_t size = bytes_of(dtype_of(tensor));
-  return {static_cast<char*>(const_cast<void*>(data)), tensor.stride(0) * size,
-          tensor.stride(1) * size, tensor.stride(2) * size};
-}
-Tensor4 input(const Tensor& tensor) { return view(tensor, tensor.const_data_ptr()); }
-
-// A fresh (B, H, N, D) tensor in (B, N, H, D) memory order.
-Tensor new_bhnd(const Tensor& like) {
-  const int64_t heads = like.size(1), length = like.size(2), dim = like.size(3);
-  const int64_t sizes[] = {like.size(0), heads, length, dim};
-  const int64_t strides[] = {length * heads * dim, dim, heads * dim, 1};
-  return empty_strided(4, sizes, strides, like.scalar_type());
-}
-Tensor4 output(const Tensor& tensor) { return view(tensor, tensor.mutable_data_ptr()); }
-
-// What the forward and the backward are given alike. Holds the copies it makes.
-struct Call {
-  Tensor query, key, value;
-  Attention p;
-
-  Call(const Tensor& query_, const Tensor& key_, const Tensor& value_,
-       const std::optional<Tensor>& mask, const std::optional<Tensor>& key_lengths,
-       int64_t diagonal, double scale, const std::optional<Tensor>& seed, int64_t threshold,
-       double inverse_keep, int64_t batch_offset, int64_t head_offset, int64_t query_offset,
-       int64_t key_offset)
-      : query(readable(query_)), key(readable(key_)), value(readable(value_)), p{} {
-    p.batches = query.size(0);
-    p.heads = query.size(1);
-    p.key_heads = key.size(1);
-    p.n_queries = query.size(2);
-    p.n_keys = key.size(2);
-    p.dim = static_cast<int>(query.size(3));
-    p.dtype = dtype_of(query);
-    p.query = input(query);
-    p.key = input(key);
-    p.value = input(value);
-    if (mask) {
-      p.mask = static_cast<const char*>(mask->const_data_ptr());
-      p.mask_dtype = dtype_of(*mask);
-      for (int d = 0; d < 4; ++d)
-        p.mask_strides[d] = mask->size(d) == 1 ? 0 : mask->stride(d) * bytes_of(p.mask_dtype);
-    }
-    if (key_lengths) p.key_lengths = static_cast<const int32_t*>(key_lengths->const_data_ptr());
-    p.diagonal = diagonal;
-    p.scale = static_cast<float>(scale);
-    p.inverse_keep = 1;
-    if (seed) {
-      p.dropout = true;
-      p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-      p.threshold = static_cast<uint32_t>(threshold);
-      p.inverse_keep = static_cast<float>(inverse_keep);
-    }
-    const int64_t offsets[4] = {batch_offset, head_offset, query_offset, key_offset};
-    for (int d = 0; d < 4; ++d) p.offsets[d] = offsets[d];
-  }
-};
 
 // Multiply-adds of one product of all queries with all keys.
 double work(const Attention& p) {
@@ -171,25 +91,8 @@ double work(const Attention& p) {
 
 // --- Forward -------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> attention_fwd(
-    const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask,
-    std::optional<Tensor> key_lengths, int64_t diagonal, double scale, std::optional<Tensor> seed,
-    int64_t threshold, double inverse_keep, int64_t batch_offset, int64_t head_offset,
-    int64_t query_offset, int64_t key_offset) {
-  Call call(query, key, value, mask, key_lengths, diagonal, scale, seed, threshold, inverse_keep,
-            batch_offset, head_offset, query_offset, key_offset);
-  Attention& p = call.p;
-  const Tensor out = new_bhnd(query);
-  const int64_t lse_sizes[] = {p.batches, p.heads, p.n_queries};
-  const int64_t lse_strides[] = {p.heads * p.n_queries, p.n_queries, 1};
-  const Tensor lse = empty_strided(3, lse_sizes, lse_strides, ScalarType::Float);
-  p.out = output(out);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  if (decodes(p)) {
-    attention_decode(p);
-    return {out, lse};
-  }
-
+void run_forward(const Attention& p) {
+  if (decodes(p)) return attention_decode(p);
   const auto& kernels =
       FUSEDFORMER_PICK_DTYPE(attention_forward_kernels, p.dtype == DType::bfloat16);
   // As many tiles at once as still leave every thread several tasks: no result depends on it.
@@ -203,6 +106,49 @@ std::tuple<Tensor, Tensor> attention_fwd(
     const int64_t n = tiles - first < at_once ? tiles - first : at_once;
     kernels.forward(p, head / p.heads, head % p.heads, first, static_cast<int>(n), scratch);
   });
+}
+
+std::tuple<Tensor, Tensor> forward(Call& call) {
+  Attention& p = call.p;
+  const Tensor out = new_bhnd(call.query);
+  const int64_t lse_sizes[] = {p.batches, p.heads, p.n_queries};
+  const int64_t lse_strides[] = {p.heads * p.n_queries, p.n_queries, 1};
+  const Tensor lse = empty_strided(3, lse_sizes, lse_strides, ScalarType::Float);
+  p.out = output(out);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  run_forward(p);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(
+    const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask,
+    std::optional<Tensor> key_lengths, int64_t diagonal, double scale, std::optional<Tensor> seed,
+    int64_t threshold, double inverse_keep, int64_t batch_offset, int64_t head_offset,
+    int64_t query_offset, int64_t key_offset) {
+  Call call(query, key, value, mask, key_lengths, diagonal, scale, seed, threshold, inverse_keep,
+            batch_offset, head_offset, query_offset, key_offset);
+  return forward(call);
+}
+
+// O alone, of calls without options, which are checked here: for small ones, that takes less time
+// than anywhere else. Nothing where the call is not usual().
+std::optional<Tensor> attention_plain(const Tensor& query, const Tensor& key, const Tensor& value,
+                                      bool causal, std::optional<double> scale) {
+  if (!usual(query, key, value, scale)) return std::nullopt;
+  Call call = plain_call(query, key, value, causal, scale);
+  const Tensor out = new_bhnd(query);
+  call.p.out = output(out);
+  run_forward(call.p);
+  return out;
+}
+
+// The same with the LSE.
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> attention_plain_fwd(
+    const Tensor& query, const Tensor& key, const Tensor& value, bool causal,
+    std::optional<double> scale) {
+  if (!usual(query, key, value, scale)) return {std::nullopt, std::nullopt};
+  Call call = plain_call(query, key, value, causal, scale);
+  const auto [out, lse] = forward(call);
   return {out, lse};
 }
 
@@ -213,7 +159,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
 // of the cache; but no more than this much memory, if that leaves one.
 constexpr size_t CACHED_BYTES = 8 << 20, MOST_BYTES = 32 << 20;
 
-int64_t units_in_wave(size_t unit_bytes, int64_t units) {
+int64_t units_in_wave(size_t unit_bytes, int64_t units, double work) {
+  if (work < WORTH_A_THREAD) return 1;  // one thread: what it packs, it uses at once
   const int64_t cached = static_cast<int64_t>(CACHED_BYTES / unit_bytes);
   const int64_t most = static_cast<int64_t>(MOST_BYTES / unit_bytes);
   int64_t wanted = torch::stable::get_num_threads();
@@ -245,7 +192,7 @@ void run_backward(const Attention& p, const AttentionGrads& g) {
       FUSEDFORMER_PICK_DTYPE(attention_backward_kernels, p.dtype == DType::bfloat16);
   const int64_t units = p.batches * p.key_heads, tiles_of_unit = p.group() * p.tiles();
   const size_t unit_bytes = tiles_of_unit * kernels.query_tile_bytes(p);
-  const int64_t in_wave = units_in_wave(unit_bytes, units);
+  const int64_t in_wave = units_in_wave(unit_bytes, units, 5 * work(p));
   const Memory tiles(in_wave * unit_bytes);
   std::vector<int> done(in_wave * tiles_of_unit);
   for (int64_t first = 0; first < units; first += in_wave) {
@@ -260,7 +207,36 @@ void run_mask_grad(const Attention& p, const AttentionGrads& g) {
             [&](int64_t task, char* scratch) { kernels.mask_grad(p, g, task, scratch); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// dQ, dK and dV, made by the constructor. Holds the copies that it makes.
+struct Gradients {
+  Tensor out, grad_out, lse;
+  std::optional<Tensor> grad_lse;
+  Tensor query, key, value;
+  AttentionGrads g{};
+
+  Gradients(Call& call, const Tensor& grad_out_, const std::optional<Tensor>& grad_lse_,
+            const Tensor& out_, const Tensor& lse_)
+      : out(readable(out_)), grad_out(readable(grad_out_)), lse(dense(lse_)),
+        query(new_bhnd(call.query)), key(new_bhnd(call.key)), value(new_bhnd(call.value)) {
+    call.p.out = input(out);
+    call.p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+    g.grad_out = input(grad_out);
+    g.grad_query = output(query);
+    g.grad_key = output(key);
+    g.grad_value = output(value);
+    if (grad_lse_) {
+      grad_lse = dense(*grad_lse_);
+      g.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
+    }
+    run_backward(call.p, g);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> attention_bwd(
     const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& out, const Tensor& lse,
     bool mask_grad, const Tensor& query, const Tensor& key, const Tensor& value,
     std::optional<Tensor> mask, std::optional<Tensor> key_lengths, int64_t diagonal, double scale,
@@ -268,33 +244,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     int64_t head_offset, int64_t query_offset, int64_t key_offset) {
   Call call(query, key, value, mask, key_lengths, diagonal, scale, seed, threshold, inverse_keep,
             batch_offset, head_offset, query_offset, key_offset);
-  Attention& p = call.p;
-  const Tensor readable_out = readable(out), readable_grad_out = readable(grad_out);
-  const Tensor dense_lse = torch::stable::contiguous(lse);
-  p.out = input(readable_out);
-  p.lse = static_cast<float*>(const_cast<void*>(dense_lse.const_data_ptr()));
-  std::optional<Tensor> dense_grad_lse;
-  if (grad_lse) dense_grad_lse = torch::stable::contiguous(*grad_lse);
-
-  const Tensor grad_query = new_bhnd(query), grad_key = new_bhnd(key), grad_value = new_bhnd(value);
-  AttentionGrads g = {};
-  g.grad_out = input(readable_grad_out);
-  g.grad_query = output(grad_query);
-  g.grad_key = output(grad_key);
-  g.grad_value = output(grad_value);
-  if (dense_grad_lse) g.grad_lse = static_cast<const float*>(dense_grad_lse->const_data_ptr());
-  run_backward(p, g);
-
-  const int64_t none[] = {0}, one[] = {1};
-  const Tensor grad_mask = mask && mask_grad
-                               ? torch::stable::new_empty(*mask, mask->sizes())
-                               : empty_strided(1, none, one, query.scalar_type());
+  Gradients grads(call, grad_out, grad_lse, out, lse);
+  std::optional<Tensor> grad_mask;
   if (mask && mask_grad) {
-    g.grad_mask = static_cast<char*>(grad_mask.mutable_data_ptr());
-    for (int d = 0; d < 4; ++d) g.mask_sizes[d] = mask->size(d);
-    run_mask_grad(p, g);
+    grad_mask = torch::stable::new_empty(*mask, mask->sizes());
+    grads.g.grad_mask = static_cast<char*>(grad_mask->mutable_data_ptr());
+    for (int d = 0; d < 4; ++d) grads.g.mask_sizes[d] = mask->size(d);
+    run_mask_grad(call.p, grads.g);
   }
-  return {grad_query, grad_key, grad_value, grad_mask};
+  return {grads.query, grads.key, grads.value, grad_mask};
+}
+
+// Of attention_plain_fwd, by whose word the call is usual().
+std::tuple<Tensor, Tensor, Tensor> attention_plain_bwd(
+    const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, bool causal, std::optional<double> scale) {
+  Call call = plain_call(query, key, value, causal, scale);
+  const Gradients grads(call, grad_out, std::nullopt, out, lse);
+  return {grads.query, grads.key, grads.value};
 }
 
 }  // namespace
@@ -306,14 +273,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_lengths, "         \
   "int diagonal, float scale, Tensor? seed=None, int threshold=0, float inverse_keep=1, " \
   "int batch_offset=0, int head_offset=0, int query_offset=0, int key_offset=0"
+#define FUSEDFORMER_PLAIN_ARGUMENTS \
+  "Tensor query, Tensor key, Tensor value, bool causal=False, float? scale=None"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
   m.def("attention_fwd(" FUSEDFORMER_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor)");
   m.def("attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "
-        "bool mask_grad, " FUSEDFORMER_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
+        "bool mask_grad, " FUSEDFORMER_ATTENTION_ARGUMENTS
+        ") -> (Tensor, Tensor, Tensor, Tensor?)");
+  m.def("attention_plain(" FUSEDFORMER_PLAIN_ARGUMENTS ") -> Tensor?");
+  m.def("attention_plain_fwd(" FUSEDFORMER_PLAIN_ARGUMENTS ") -> (Tensor?, Tensor?)");
+  m.def("attention_plain_bwd(Tensor grad_out, Tensor out, Tensor lse, " FUSEDFORMER_PLAIN_ARGUMENTS
+        ") -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&fusedformer::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&fusedformer::attention_bwd));
+  m.impl("attention_plain", TORCH_BOX(&fusedformer::attention_plain));
+  m.impl("attention_plain_fwd", TORCH_BOX(&fusedformer::attention_plain_fwd));
+  m.impl("attention_plain_bwd", TORCH_BOX(&fusedformer::attention_plain_bwd));
 }

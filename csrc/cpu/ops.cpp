@@ -20,20 +20,13 @@
 #include "cross_entropy.h"
 #include "elementwise.h"
 #include "layer_norm.h"
+#include "norm_plain.h"
 #include "tensors.h"
 
 namespace fusedformer {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kMaskBits = 16;  // columns of a call
-
-int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-int64_t width_of(const Tensor& tensor) {
-  return tensor.dim() == 0 ? 1 : tensor.size(tensor.dim() - 1);
-}
 
 // --- Sums over rows ------------------------------------------------------------------------------
 //
@@ -104,13 +97,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> dropout_add_layer_nor
   a.width = width;
   a.dropout = dropout_of(seed, threshold, scale);
   a.eps = static_cast<float>(eps);
-  a.stream = past_caches(rows, width, {a.y, a.z});
-  const NormKernels& kernels = FUSEDFORMER_PICK(norm_kernels);
-  torch::stable::parallel_for(0, rows, divided_up(kGrain, width), [&](int64_t first, int64_t last) {
-    const Scratch<float> row(2 * norm_pitch(width));
-    const Scratch<uint32_t> words(mask_room(divided_up(width, kMaskBits)));
-    kernels.forward(a, first, last, row.data(), words.data());
-  });
+  run_norm(a, rows);
   return {y, z, mean, rstd};
 }
 
@@ -352,6 +339,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
       "Tensor? seed, int threshold, float scale, float eps, bool is_rms_norm, bool prenorm, "
       "ScalarType z_dtype) -> (Tensor, Tensor?, Tensor?, Tensor)");
   m.def(
+      "norm_plain(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, "
+      "bool is_rms_norm=False) -> Tensor?");
+  m.def(
       "dropout_add_layer_norm_bwd(Tensor grad_y, Tensor? grad_z, Tensor source, Tensor? residual, "
       "Tensor? weight, Tensor? bias, Tensor? seed, Tensor? mean, Tensor rstd, int threshold, "
       "float scale, bool prenorm, ScalarType z_dtype, bool residual_grad, bool weight_grad, "
@@ -373,6 +363,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) {
   m.impl("dropout_fwd", TORCH_BOX(&fusedformer::dropout_fwd));
   m.impl("dropout_add_layer_norm_fwd", TORCH_BOX(&fusedformer::dropout_add_layer_norm_fwd));
+  m.impl("norm_plain", TORCH_BOX(&fusedformer::norm_plain));
   m.impl("dropout_add_layer_norm_bwd", TORCH_BOX(&fusedformer::dropout_add_layer_norm_bwd));
   m.impl("bias_activation_fwd", TORCH_BOX(&fusedformer::bias_activation_fwd));
   m.impl("bias_activation_bwd", TORCH_BOX(&fusedformer::bias_activation_bwd));

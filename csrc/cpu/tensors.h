@@ -21,6 +21,10 @@ namespace fusedformer {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
 inline Type type_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return Type::float32;
@@ -33,6 +37,14 @@ inline Type type_of(ScalarType dtype) {
 }
 
 inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+constexpr int64_t kMaskBits = 16;  // columns that one call of the random numbers decides
+
+inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+inline int64_t width_of(const Tensor& tensor) {
+  return tensor.dim() == 0 ? 1 : tensor.size(tensor.dim() - 1);
+}
 
 // A tensor as rows of its last dimension; holds the copy where strides allow no view.
 struct Rows {
