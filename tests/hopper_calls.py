@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,23 @@ def compiled(factory: pytest.TempPathFactory, source: str) -> tuple[Path, str]:
             report.write_text(done.stdout + done.stderr)
     assert target.is_file(), report.read_text()
     return target, report.read_text()
+
+
+def check_bit_loop(sass: str) -> None:
+    """The loop that makes dropout's bits: four calls of Philox, at most 65 instructions each."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?);", sass)]
+    ends = [(to, at) for at, text in code for to in re.findall(r"BRA (0x\w+)", text)]
+    loops = [[text for at, text in code if int(to, 16) <= at <= last] for to, last in ends]
+
+    def products(loop: list[str]) -> int:
+        return sum(text.startswith("IMAD.WIDE.U32") for text in loop)
+
+    loop = max(loops, key=lambda loop: (products(loop), -len(loop)))
+    # 4 x 14 products but for those that the row or the column decides; comparisons are gathered.
+    assert 40 <= products(loop) <= 52
+    assert sum(text.startswith("ISETP.GE.U32") for text in loop) == 4 * 16
+    assert sum(text.startswith("P2R") for text in loop) == 8
+    assert len(loop) <= 4 * 65
 
 
 _emulator: list[Path] = []  # it takes seconds to build, and serves every module of a run

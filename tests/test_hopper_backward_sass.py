@@ -28,6 +28,8 @@ def test_compiled(tmp_path_factory, dim):
 
 
 def check_kernel(sass: str, dim: int, dropout: bool) -> None:
+    if dropout:
+        hopper_calls.check_bit_loop(sass)
     assert not re.findall(r"\b(?:LDL|STL|HMMA)\b", sass)
     changes = re.findall(r"USETMAXREG\S* (?:UP0, )?(0x\w+)", sass)
     assert sorted(int(count, 16) for count in changes) == ([40, 232] if dropout else [24, 240])

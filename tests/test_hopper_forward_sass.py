@@ -31,6 +31,8 @@ def test_compiled(tmp_path_factory, dim):
 
 
 def check_kernel(sass: str, dim: int) -> None:
+    if "Lb1E" in sass.splitlines()[0]:
+        hopper_calls.check_bit_loop(sass)
     assert not re.findall(r"\b(?:LDL|STL|HMMA)\b", sass)
     names = r"HGMMA\.\w+|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|USETMAXREG\S*"
     code = re.findall(names, sass)
