@@ -33,7 +33,7 @@ def describe(device: str) -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "fusedformer": fusedformer.__version__,
         "rng_version": rng.RNG_VERSION,
         "commit": commit,
@@ -63,7 +63,8 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> "str | None":
+def version(package: str) -> "str | None":
+    """A distribution's version, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -25,7 +25,8 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory: its address does not matter to what is compiled."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -35,15 +36,15 @@ def _attention(dtype: torch.dtype, dim: int, flags: str, dropout: bool) -> None:
     everything = flags in ("all", "ragged")
     heads, key_heads = 4, 2 if everything else 4
     length = 4095 if flags == "ragged" else 4096  # an odd one leaves the mask's rows unaligned
-    query, grad_out = (_meta(2, heads, length, dim, dtype=dtype) for _ in range(2))
-    key, value = (_meta(2, key_heads, length, dim, dtype=dtype) for _ in range(2))
+    query, grad_out = (meta(2, heads, length, dim, dtype=dtype) for _ in range(2))
+    key, value = (meta(2, key_heads, length, dim, dtype=dtype) for _ in range(2))
     mask = {
-        "all": lambda: _meta(1, heads, length, length, dtype=dtype),
-        "ragged": lambda: _meta(1, heads, length, length, dtype=torch.float32),
-        "bool": lambda: _meta(2, 1, 1, length, dtype=torch.bool),
+        "all": lambda: meta(1, heads, length, length, dtype=dtype),
+        "ragged": lambda: meta(1, heads, length, length, dtype=torch.float32),
+        "bool": lambda: meta(2, 1, 1, length, dtype=torch.bool),
     }.get(flags, lambda: None)()
-    lengths = _meta(2, dtype=torch.int32) if everything or flags == "bool" else None
-    seed = _meta(dtype=torch.int64) if dropout else None
+    lengths = meta(2, dtype=torch.int32) if everything or flags == "bool" else None
+    seed = meta(dtype=torch.int64) if dropout else None
     diagonal = None if flags == "none" else 0
     args = (
         query, key, value, mask, lengths, seed, diagonal, dim**-0.5, 0.1 if dropout else 0.0,

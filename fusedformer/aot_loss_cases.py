@@ -10,13 +10,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fusedformer.aot_cases import DTYPES, Case
+from fusedformer.aot_cases import DTYPES, Case, meta
 
 CASES: dict[str, Case] = {}
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _add(name: str, dtype: torch.dtype, quick: bool, call: partial) -> None:
@@ -54,11 +50,11 @@ def _bias_activation(
 ) -> None:
     from fusedformer.kernels.triton import activation as backend
 
-    x = _meta(rows, width, dtype=dtype)
+    x = meta(rows, width, dtype=dtype)
     # Parameters in float32 beside 16-bit activations are met as well as those of x's own dtype.
     bias_dtype = torch.float32 if flags == "all" else dtype
-    bias = None if flags == "plain" else _meta(width, dtype=bias_dtype)
-    seed, p = (_meta(dtype=torch.int64), 0.1) if flags == "all" else (None, 0.0)
+    bias = None if flags == "plain" else meta(width, dtype=bias_dtype)
+    seed, p = (meta(dtype=torch.int64), 0.1) if flags == "all" else (None, 0.0)
     args = (x, bias, seed, activation, p)
     out = backend.bias_activation_fwd(*args)
     backend.bias_activation_bwd(out, *args, flags == "all")
@@ -101,9 +97,9 @@ def _loss_options(
 ) -> tuple[Tensor, "Tensor | None", int, float]:
     """target, weight, ignore_index and smoothing."""
     everything = flags == "all"
-    target = _meta(TOKENS, dtype=torch.int32 if everything else torch.int64)
+    target = meta(TOKENS, dtype=torch.int32 if everything else torch.int64)
     weight_dtype = torch.float32 if everything else dtype
-    weight = _meta(classes, dtype=weight_dtype) if flags in ("weight", "all") else None
+    weight = meta(classes, dtype=weight_dtype) if flags in ("weight", "all") else None
     return target, weight, -100, 0.1 if flags in ("smoothing", "all") else 0.0
 
 
@@ -111,7 +107,7 @@ def _cross_entropy(dtype: torch.dtype, classes: int, layout: str, flags: str) ->
     from fusedformer.kernels.triton import cross_entropy as backend
 
     pitch = classes if layout == "dense" else -(-classes // 64) * 64 + 64
-    logits = _meta(TOKENS, pitch, dtype=dtype)[:, :classes]
+    logits = meta(TOKENS, pitch, dtype=dtype)[:, :classes]
     options = _loss_options(dtype, classes, flags)
     losses, _, lse = backend.cross_entropy_fwd(logits, *options)
     backend.cross_entropy_bwd(losses, lse, logits, *options)
@@ -121,9 +117,9 @@ def _linear_cross_entropy(dtype: torch.dtype, classes: int, flags: str) -> None:
     """Logits in rows of a padded buffer, whose gradient takes their place."""
     from fusedformer.kernels import linear_cross_entropy as op
 
-    x = _meta(TOKENS, 64, dtype=dtype)
-    linear_weight = _meta(classes, 64, dtype=dtype)
-    linear_bias = _meta(classes, dtype=dtype)
+    x = meta(TOKENS, 64, dtype=dtype)
+    linear_weight = meta(classes, 64, dtype=dtype)
+    linear_bias = meta(classes, dtype=dtype)
     args = (x, linear_weight, linear_bias, *_loss_options(dtype, classes, flags))
     wanted = [True, True, True]
     losses, _, lse, *_ = op._fwd(*args, wanted, "triton")

@@ -7,9 +7,8 @@ widths that are no multiple of 16, whose accesses are not aligned.
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from fusedformer.aot_cases import DTYPES, Case
+from fusedformer.aot_cases import DTYPES, Case, meta
 
 CASES: dict[str, Case] = {}
 
@@ -26,22 +25,18 @@ QUICK = {
 }
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _layer_norm(dtype: torch.dtype, width: int, flags: str) -> None:
     from fusedformer.kernels.triton import layer_norm as backend
 
-    x = _meta(ROWS, width, dtype=dtype)
-    weight = _meta(width, dtype=torch.float32)
+    x = meta(ROWS, width, dtype=dtype)
+    weight = meta(width, dtype=torch.float32)
     bias = None if flags == "rms" else weight
     prenorm, rms = flags == "prenorm", flags == "rms"
     # A float32 residual stream is the usual one before a norm, x's own dtype after one.
     z_dtype = torch.float32 if prenorm else dtype
     dropped = flags in ("prenorm", "postnorm")
-    residual = _meta(ROWS, width, dtype=z_dtype) if dropped else None
-    seed, p = (_meta(dtype=torch.int64), 0.1) if dropped else (None, 0.0)
+    residual = meta(ROWS, width, dtype=z_dtype) if dropped else None
+    seed, p = (meta(dtype=torch.int64), 0.1) if dropped else (None, 0.0)
     y, z, mean, rstd = backend.dropout_add_layer_norm_fwd(
         x, residual, weight, bias, seed, p, 1e-5, rms, prenorm, z_dtype
     )
@@ -55,7 +50,7 @@ def _layer_norm(dtype: torch.dtype, width: int, flags: str) -> None:
 def _dropout(dtype: torch.dtype, rows: int, width: int) -> None:
     from fusedformer.kernels.triton import dropout as backend
 
-    backend.dropout_fwd(_meta(rows, width, dtype=dtype), _meta(dtype=torch.int64), 0.1)
+    backend.dropout_fwd(meta(rows, width, dtype=dtype), meta(dtype=torch.int64), 0.1)
 
 
 def _add() -> None:

@@ -29,11 +29,6 @@ OPTIONS = {
 CASES = pairwise(OPTIONS, at_least=120)
 
 
-def describe(case: dict) -> str:
-    """A short name of a case."""
-    return " ".join(str(value).replace("torch.", "") for value in case.values())
-
-
 def taken_by_cuda(case: dict) -> dict:
     """The nearest case that the CUDA kernels take; its dtype is the caller's to choose."""
     dim = min(on_cuda.MAX_DIM, (case["dim"] + 7) // 8 * 8)

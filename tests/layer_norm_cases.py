@@ -29,11 +29,6 @@ CASES = pairwise(OPTIONS)
 SEED = 2**40 + 11
 
 
-def describe(case: dict) -> str:
-    """A short name of a case."""
-    return " ".join(str(value).replace("torch.", "") for value in case.values())
-
-
 def _tensor(layout: str, rows: int, width: int, **kind) -> Tensor:
     if layout == "transposed":
         return torch.randn(width, rows, **kind).T

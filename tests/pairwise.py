@@ -37,6 +37,19 @@ def pairwise(options: dict[str, list[Any]], seed: int = 0, at_least: int = 0) ->
     return [{n: options[n][i] for n, i in zip(names, case, strict=True)} for case in cases]
 
 
+def describe(case: dict) -> str:
+    """A short name of a case."""
+    return " ".join(str(value).replace("torch.", "") for value in case.values())
+
+
+def met_by_all(options: dict[str, list[Any]], cases: list[dict]) -> bool:
+    """Whether every two values of every two options meet in a case."""
+    return all(
+        len({(str(case[a]), str(case[b])) for case in cases}) == len(options[a]) * len(options[b])
+        for a, b in itertools.combinations(options, 2)
+    )
+
+
 def _gain(case: list, a: int, i: int, pending: set) -> int:
     """How many pending pairs the value i of option a would meet."""
     met = 0

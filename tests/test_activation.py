@@ -6,7 +6,7 @@ from backends import ONE_BACKEND
 from backends import ROW_BACKENDS as BACKENDS
 from bounds import assert_within_bound
 from layouts import LAYOUTS, matrix
-from pairwise import pairwise
+from pairwise import describe, pairwise
 from torch.nn import functional
 
 import fusedformer
@@ -44,10 +44,6 @@ pytestmark = [
     pytest.mark.usefixtures("on_device", "poisoned_memory"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
-
-
-def describe(case):
-    return " ".join(str(value).replace("torch.", "") for value in case.values())
 
 
 def plain(case, x, bias, grad, dtype=None):

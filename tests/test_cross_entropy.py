@@ -7,7 +7,7 @@ from backends import ROW_BACKENDS as BACKENDS
 from bounds import assert_within_bound
 from cross_entropy_cases import IGNORED, plain_losses, targets
 from layouts import LAYOUTS, matrix
-from pairwise import pairwise
+from pairwise import describe, pairwise
 from torch.nn import functional
 
 import fusedformer
@@ -43,10 +43,6 @@ pytestmark = [
     pytest.mark.usefixtures("on_device", "poisoned_memory"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
-
-
-def describe(case):
-    return " ".join(str(value).replace("torch.", "") for value in case.values())
 
 
 def check_pairs(case, device="cpu", backends=BACKENDS):

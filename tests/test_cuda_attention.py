@@ -5,6 +5,7 @@ import pytest
 import test_attention
 import torch
 from backends import needs_hopper
+from pairwise import describe
 
 from fusedformer import attention
 from fusedformer.kernels import rng
@@ -31,13 +32,13 @@ def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*TAKEN, *LONG], ids=cases.describe)
+@pytest.mark.parametrize("case", [*TAKEN, *LONG], ids=describe)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_backend_pairs(case, dtype):
     test_attention.check_pairs({**case, "dtype": dtype}, "cuda", BACKENDS)
 
 
-@pytest.mark.parametrize("case", [*TAKEN[::4], *LONG], ids=cases.describe)
+@pytest.mark.parametrize("case", [*TAKEN[::4], *LONG], ids=describe)
 def test_backend_pairs_in_any_order_of_sums(case):
     """Without torch's deterministic mode, which poisoned memory switches on."""
     test_attention.check_pairs({**case, "dtype": torch.bfloat16}, "cuda", BACKENDS)

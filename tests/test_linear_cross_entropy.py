@@ -7,7 +7,7 @@ from backends import ROW_BACKENDS as BACKENDS
 from bounds import assert_within_bound
 from cross_entropy_cases import IGNORED, plain_losses, targets
 from layouts import matrix
-from pairwise import pairwise
+from pairwise import describe, pairwise
 from torch.nn import functional
 
 import fusedformer
@@ -40,10 +40,6 @@ pytestmark = [
 @pytest.fixture
 def _short_chunks(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", CHUNK)
-
-
-def describe(case):
-    return " ".join(str(value).replace("torch.", "") for value in case.values())
 
 
 def make_inputs(case, device="cpu"):

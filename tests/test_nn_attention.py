@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from nn_cases import assert_agree, outputs_and_gradients, twins
-from pairwise import pairwise
+from pairwise import describe, pairwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,10 +36,6 @@ OPTIONS = {
 
 CASES = pairwise(OPTIONS)
 WIDTH, BATCH, QUERIES, KEYS = 64, 3, 37, 43
-
-
-def describe(case: dict) -> str:
-    return " ".join(str(value).replace("torch.", "") for value in case.values())
 
 
 def make(cls: type, case: dict) -> torch.nn.Module:

@@ -7,7 +7,6 @@ bytes and FLOPs are is written there, once.
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedformer.benchmarks.environment import version
 from fusedformer.kernels import dispatch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -197,14 +197,6 @@ def backends_seen() -> Iterator[list[str]]:
 
 
 # --- Packages that may be missing -----------------------------------------------------------------
-
-
-def version(package: str) -> "str | None":
-    """A distribution's version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @functools.cache
