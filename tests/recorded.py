@@ -83,6 +83,18 @@ def cross_entropy(rows: int, width: int) -> None:
     backend.cross_entropy_bwd(losses, lse, logits, *args)
 
 
+def attention_forward(config: tuple) -> tuple[str, str]:
+    """TTGIR and PTX of a causal forward of head dimension 128 with this configuration."""
+    from fusedformer.kernels.triton import attention as backend
+    from fusedformer.kernels.triton import launch
+
+    backend.forward_config = lambda *args: backend.Config(*config)
+    with launch.recording(launch.Chip(90, 132)) as found:
+        attention(4096, 2, 128, "causal")
+    compiled = aot.compiled(found[0], 90).asm
+    return compiled["ttgir"], compiled["ptx"]
+
+
 # --- What of a launch is compiled -----------------------------------------------------------------
 
 

@@ -43,6 +43,13 @@ class Config:
     block_n: int
     warps: int
     stages: int
+    # Tiles are read through tensor descriptors: on sm_90 and later by the tensor memory
+    # accelerator, straight into shared memory.
+    descriptors: bool = False
+    # In the forward, and for dK and dV: on sm_90 more warps are added, some to read tiles, the
+    # others to share the work. It takes descriptors and 4 warps (with 8 the compiler ignores it),
+    # and compiles without a mask, with as many key heads as heads, with dropout from Triton 3.7 on.
+    specialized: bool = False
 
 
 # The choices below keep every kernel free of spills in 16 bits on sm_80 and sm_90, at the largest
@@ -209,6 +216,7 @@ def _strides(tensor: Tensor) -> Strides:
 
 
 def _options(query, key, diagonal, flag, key_lengths, seed, scale, config):
+    """What all kernels but the first of the backward take by name."""
     _, heads, _, dim = query.shape
     exact = query.dtype == torch.float32
     return {
@@ -228,6 +236,11 @@ def _options(query, key, diagonal, flag, key_lengths, seed, scale, config):
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
+
+
+def _ways(config: Config) -> dict[str, bool]:
+    """How the forward, and the kernel of dK and dV, read and share out the work."""
+    return {"DESCRIPTORS": config.descriptors, "SPECIALIZED": config.specialized}
 
 
 def block_dim(dim: int) -> int:
@@ -267,7 +280,7 @@ def attention_fwd(
         *query_strides, *key_strides, *value_strides, *out_strides, *mask_strides,
         heads, n_queries, key.shape[2], diagonal or 0, _positive_scale(scale, query.dtype),
         *dropout_arguments(dropout_p), *offsets,
-        **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
+        **_options(query, key, diagonal, flag, key_lengths, seed, scale, config), **_ways(config),
     )  # fmt: skip
     return out, lse
 
@@ -329,6 +342,7 @@ def attention_bwd(
         query, key, value, grad_out, grad_query, lse, shift, mask, lengths, seed_or_none,
         *inputs, *grad_query_strides, *mask_strides, *sizes, positive_scale, scale, *random,
         **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
+        DESCRIPTORS=config.descriptors,
     )  # fmt: skip
     config = key_value_grads_config(*kind, where)
     launch(
@@ -337,7 +351,7 @@ def attention_bwd(
         query, key, value, grad_out, grad_key, grad_value, lse, shift, mask, lengths, seed_or_none,
         *inputs, *grad_key_strides, *grad_value_strides, *mask_strides, *sizes,
         positive_scale, scale, *random,
-        **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
+        **_options(query, key, diagonal, flag, key_lengths, seed, scale, config), **_ways(config),
     )  # fmt: skip
     if given_mask is None or not mask_grad:
         return grad_query, grad_key, grad_value, None

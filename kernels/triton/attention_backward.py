@@ -14,6 +14,8 @@ from fusedformer.kernels.triton.attention_tiles import (
     load_lse,
     load_rows,
     matrix,
+    read_rows,
+    reader,
     score_grads,
     store_rows,
 )
@@ -50,27 +52,26 @@ def attention_shift_kernel(
 def _key_value_grads(
     grad_key, grad_value,  # accumulators (BLOCK_N, BLOCK_D)
     k, v,
-    query, grad_out, lse, shift, stride_query, stride_grad_out,
-    mask, stride_mask_i, stride_mask_j,
+    query, grad_out,  # readers
+    lse, shift, mask, stride_mask_i, stride_mask_j,
     start_j, first, n_first, second, n_tiles,
     n_queries, length, diagonal, scale,
     seed, threshold, inverse_keep_p, batch, head, query_offset, key_offset,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """Adds what n_tiles tiles of queries give: n_first from `first` on, the rest from `second`."""
     j = start_j + tl.arange(0, BLOCK_N)
-    for t in range(0, n_tiles):
+    for t in tl.range(0, n_tiles, warp_specialize=SPECIALIZED):
         start_i = first + t * BLOCK_M
         if BOUNDARY:
             start_i = tl.where(t < n_first, start_i, second + (t - n_first) * BLOCK_M)
         start_i = tl.multiple_of(start_i, BLOCK_M)
         i = start_i + tl.arange(0, BLOCK_M)
-        q = load_rows(query, start_i, stride_query, n_queries, DIM, BLOCK_M, BLOCK_D, BOUNDARY)
-        g = load_rows(
-            grad_out, start_i, stride_grad_out, n_queries, DIM, BLOCK_M, BLOCK_D, BOUNDARY
-        )
+        q = read_rows(query, start_i, DIM, BLOCK_M, BLOCK_D, BOUNDARY, DESCRIPTORS)
+        g = read_rows(grad_out, start_i, DIM, BLOCK_M, BLOCK_D, BOUNDARY, DESCRIPTORS)
         row_lse = load_lse(lse, i, n_queries, EXACT)
         row_shift = tl.load(shift + i, mask=i < n_queries, other=0.0)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -123,6 +124,7 @@ def attention_key_value_grads_kernel(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     NEGATIVE: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,  # see Config
 ):  # fmt: skip
     # Under a causal mask the first keys are seen by most queries: longest first as they come.
     tiles = tl.cdiv(n_keys, BLOCK_N)
@@ -142,7 +144,7 @@ def attention_key_value_grads_kernel(
         full = tl.cdiv(tl.maximum(start_j + BLOCK_N - 1 - diagonal, 0), BLOCK_M)
     if start_j >= length:
         first = total
-    if start_j + BLOCK_N > length:
+    if SPECIALIZED or start_j + BLOCK_N > length:
         full = total
     first = tl.minimum(first, total)
     full = tl.minimum(tl.maximum(full, first), total)
@@ -151,10 +153,12 @@ def attention_key_value_grads_kernel(
 
     k_base = matrix(key, batch, key_head, stride_kb, stride_kh, True)
     v_base = matrix(value, batch, key_head, stride_vb, stride_vh, True)
-    k = load_rows(k_base, start_j, stride_kn, length, DIM, BLOCK_N, BLOCK_D, True)
+    key = reader(k_base, stride_kn, length, DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    value = reader(v_base, stride_vn, length, DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k = read_rows(key, start_j, DIM, BLOCK_N, BLOCK_D, True, DESCRIPTORS)
     if NEGATIVE:
         k = (-k.to(tl.float32)).to(k.dtype)
-    v = load_rows(v_base, start_j, stride_vn, length, DIM, BLOCK_N, BLOCK_D, True)
+    v = read_rows(value, start_j, DIM, BLOCK_N, BLOCK_D, True, DESCRIPTORS)
     random_seed = 0
     if DROPOUT:
         random_seed = tl.load(seed)
@@ -164,20 +168,23 @@ def attention_key_value_grads_kernel(
         head = key_head * GROUP + member
         q_base = matrix(query, batch, head, stride_qb, stride_qh, True)
         g_base = matrix(grad_out, batch, head, stride_gb, stride_gh, True)
+        queries = reader(q_base, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+        grads = reader(g_base, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
         row_base = (batch * heads + head) * n_queries
         m_base = mask
         if MASK != NO_MASK:
             m_base += batch * stride_mb + head * stride_mh
-        for BOUNDARY in tl.static_range(2):
+        for BOUNDARY in tl.static_range(SPECIALIZED, 2):
             dk, dv = _key_value_grads(
-                dk, dv, k, v, q_base, g_base, lse + row_base, shift + row_base,
-                stride_qn, stride_gn, m_base, stride_mi, stride_mj,
+                dk, dv, k, v, queries, grads, lse + row_base, shift + row_base,
+                m_base, stride_mi, stride_mj,
                 start_j, (first if BOUNDARY else full) * BLOCK_M, n_first, second * BLOCK_M,
                 n_first + total - second if BOUNDARY else whole - full,
                 n_queries, length, diagonal, scale,
                 random_seed, threshold, inverse_keep_p, batch + batch_offset, head + head_offset,
                 query_offset, key_offset,
                 DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, EXACT, PRECISION,
+                DESCRIPTORS, SPECIALIZED,
             )  # fmt: skip
     if DROPOUT:
         dv = dv * inverse_keep_p
@@ -192,19 +199,20 @@ def attention_key_value_grads_kernel(
 def _query_grads(
     grad_query,  # accumulator (BLOCK_M, BLOCK_D)
     q, g, row_lse, row_shift,
-    key, value, stride_key, stride_value, mask, stride_mask_i, stride_mask_j,
+    key, value,  # readers
+    mask, stride_mask_i, stride_mask_j,
     start_i, start, end, n_queries, length, diagonal, scale,
     seed, threshold, inverse_keep_p, batch, head, query_offset, key_offset,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     i = start_i + tl.arange(0, BLOCK_M)
     for start_j in range(start, end, BLOCK_N):
         start_j = tl.multiple_of(start_j, BLOCK_N)
         j = start_j + tl.arange(0, BLOCK_N)
-        k = load_rows(key, start_j, stride_key, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
-        v = load_rows(value, start_j, stride_value, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
+        k = read_rows(key, start_j, DIM, BLOCK_N, BLOCK_D, BOUNDARY, DESCRIPTORS)
+        v = read_rows(value, start_j, DIM, BLOCK_N, BLOCK_D, BOUNDARY, DESCRIPTORS)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         keep = 0
@@ -252,6 +260,7 @@ def attention_query_grads_kernel(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     NEGATIVE: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # see Config
 ):  # fmt: skip
     tiles = tl.cdiv(n_queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -266,6 +275,8 @@ def attention_query_grads_kernel(
     if MASK != NO_MASK:
         mask += batch * stride_mb + head * stride_mh
     length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
+    key = reader(key, stride_kn, length, DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    value = reader(value, stride_vn, length, DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
 
     full, end = length, length
     if CAUSAL:
@@ -277,10 +288,12 @@ def attention_query_grads_kernel(
     i = start_i + tl.arange(0, BLOCK_M)
     query = matrix(query, batch, head, stride_qb, stride_qh, True)
     grad_out = matrix(grad_out, batch, head, stride_gb, stride_gh, True)
-    q = load_rows(query, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+    query = reader(query, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    grad_out = reader(grad_out, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q = read_rows(query, start_i, DIM, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
     if NEGATIVE:
         q = (-q.to(tl.float32)).to(q.dtype)
-    g = load_rows(grad_out, start_i, stride_gn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+    g = read_rows(grad_out, start_i, DIM, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
     rows = batch_head.to(tl.int64) * n_queries
     row_lse = load_lse(lse + rows, i, n_queries, EXACT)
     row_shift = tl.load(shift + rows + i, mask=i < n_queries, other=0.0)
@@ -291,12 +304,13 @@ def attention_query_grads_kernel(
     for BOUNDARY in tl.static_range(2):
         dq = _query_grads(
             dq, q, g, row_lse, row_shift,
-            key, value, stride_kn, stride_vn, mask, stride_mi, stride_mj,
+            key, value, mask, stride_mi, stride_mj,
             start_i, full if BOUNDARY else 0, end if BOUNDARY else full,
             n_queries, length, diagonal, scale,
             random_seed, threshold, inverse_keep_p, batch + batch_offset, head + head_offset,
             query_offset, key_offset,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, EXACT, PRECISION,
+            DESCRIPTORS,
         )  # fmt: skip
     grad_query = matrix(grad_query, batch, head, stride_dqb, stride_dqh, DIM % 8 == 0)
     store_rows(grad_query, start_i, stride_dqn, n_queries, dq * grad_scale, DIM, BLOCK_M, BLOCK_D)

@@ -13,9 +13,10 @@ from fusedformer.kernels.triton.attention_tiles import (
     NO_MASK,
     exponentials,
     key_length,
-    load_rows,
     masked_scores,
     matrix,
+    read_rows,
+    reader,
     store_rows,
 )
 from fusedformer.kernels.triton.random import attention_keep
@@ -24,19 +25,20 @@ from fusedformer.kernels.triton.random import attention_keep
 @triton.jit
 def _attend(
     accumulator, row_max, row_sum,  # the online softmax's state
-    query, key, value, stride_key, stride_value, mask, stride_mask_i, stride_mask_j,
+    query, key, value,  # a tile, and two readers
+    mask, stride_mask_i, stride_mask_j,
     start_i, start, end, n_queries, length, diagonal, scale,
     seed, threshold, batch, head, query_offset, key_offset,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, BOUNDARY: tl.constexpr,
     EXACT: tl.constexpr,  # scores in natural units; see exponentials()
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     i = start_i + tl.arange(0, BLOCK_M)
-    for start_j in range(start, end, BLOCK_N):
+    for start_j in tl.range(start, end, BLOCK_N, warp_specialize=SPECIALIZED):
         start_j = tl.multiple_of(start_j, BLOCK_N)
         j = start_j + tl.arange(0, BLOCK_N)
-        k = load_rows(key, start_j, stride_key, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
+        k = read_rows(key, start_j, DIM, BLOCK_N, BLOCK_D, BOUNDARY, DESCRIPTORS)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         scores, factor = masked_scores(
             products, scale, start_i, start_j, i[:, None], j[None, :], n_queries, length,
@@ -56,7 +58,7 @@ def _attend(
                 BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
             weights = tl.where(keep, weights, 0.0)
-        v = load_rows(value, start_j, stride_value, length, DIM, BLOCK_N, BLOCK_D, BOUNDARY)
+        v = read_rows(value, start_j, DIM, BLOCK_N, BLOCK_D, BOUNDARY, DESCRIPTORS)
         accumulator = accumulator * rescale[:, None]
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision=PRECISION)
         row_max = new_max
@@ -95,6 +97,7 @@ def attention_fwd_kernel(
     NEGATIVE: tl.constexpr,
     EXACT: tl.constexpr,  # scores in natural units; see exponentials()
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,  # see Config
 ):  # fmt: skip
     tiles = tl.cdiv(n_queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -109,6 +112,8 @@ def attention_fwd_kernel(
     if MASK != NO_MASK:
         mask += batch * stride_mb + head * stride_mh
     length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
+    key = reader(key, stride_kn, length, DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    value = reader(value, stride_vn, length, DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
 
     # Keys [0, full) need no mask, [full, end) may, the rest are seen by no query of this tile.
     full, end = length, length
@@ -117,9 +122,12 @@ def attention_fwd_kernel(
         last = tl.minimum(start_i + BLOCK_M, n_queries) + diagonal
         end = tl.minimum(end, tl.maximum(last, 0))
     full = full // BLOCK_N * BLOCK_N
+    if SPECIALIZED:
+        full = 0  # warps are assigned for one loop alone
 
     query = matrix(query, batch, head, stride_qb, stride_qh, True)
-    q = load_rows(query, start_i, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, True)
+    query = reader(query, stride_qn, n_queries, DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q = read_rows(query, start_i, DIM, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
     if NEGATIVE:
         q = (-q.to(tl.float32)).to(q.dtype)  # exact
     random_seed = 0
@@ -128,15 +136,16 @@ def attention_fwd_kernel(
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for BOUNDARY in tl.static_range(2):
+    for BOUNDARY in tl.static_range(SPECIALIZED, 2):
         accumulator, row_max, row_sum = _attend(
             accumulator, row_max, row_sum,
-            q, key, value, stride_kn, stride_vn, mask, stride_mi, stride_mj,
+            q, key, value, mask, stride_mi, stride_mj,
             start_i, full if BOUNDARY else 0, end if BOUNDARY else full,
             n_queries, length, diagonal, scale,
             random_seed, threshold, batch + batch_offset, head + head_offset,
             query_offset, key_offset,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, DROPOUT, BOUNDARY, EXACT, PRECISION,
+            DESCRIPTORS, SPECIALIZED,
         )  # fmt: skip
 
     # A row with nothing to attend to has the sum 0 and the maximum -inf: O = 0, LSE = -inf.

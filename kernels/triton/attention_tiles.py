@@ -75,6 +75,45 @@ def load_rows(
 
 
 @triton.jit
+def reader(
+    base,  # of one (N, D) matrix, as in load_rows
+    stride,
+    limit,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """What read_rows takes."""
+    source = base
+    if DESCRIPTORS:
+        # Of no rows nothing is read, but a descriptor has one or more.
+        source = tl.make_tensor_descriptor(
+            base, [tl.maximum(limit, 1), DIM], [stride, 1], [ROWS, BLOCK_D]
+        )
+    return source, stride, limit
+
+
+@triton.jit
+def read_rows(
+    reader,
+    start,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """load_rows, or the same by the tensor memory accelerator, which fills with zeros by itself."""
+    source, stride, limit = reader
+    if DESCRIPTORS:
+        tile = source.load([start, 0])
+    else:
+        tile = load_rows(source, start, stride, limit, DIM, ROWS, BLOCK_D, BOUNDED)
+    return tile
+
+
+@triton.jit
 def store_rows(
     base, start, stride, limit, tile, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):

@@ -1,6 +1,7 @@
 """How kernels are launched: on a GPU, in the interpreter, or recorded for `fusedformer aot`."""
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,11 +108,27 @@ def launch(kernel: Any, grid: tuple[int], *args: Any, **options: Any) -> None:
         kernel: a jitted function whose constexpr parameters come last.
         grid: how many programs.
         args: its other arguments: tensors, numbers, None.
-        options: constexpr arguments, and num_warps, num_stages.
+        options: constexpr arguments, and num_warps, num_stages. With DESCRIPTORS the kernel makes
+            tensor descriptors, for which each program has 128 bytes apiece on the device.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
         return
+    if options.get("DESCRIPTORS"):
+        # In a context of its own: what the caller has set for kernels of theirs stays.
+        context = contextvars.copy_context()
+        context.run(triton.set_allocator, _workspace)
+        context.run(_launch, kernel, grid, args, options)
+    else:
+        _launch(kernel, grid, args, options)
+
+
+def _workspace(size: int, alignment: int, stream: "int | None") -> torch.Tensor:
+    """Bytes on the current device; torch aligns them to more than a descriptor needs."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+def _launch(kernel: Any, grid: tuple[int], args: tuple, options: dict[str, Any]) -> None:
     first = args[0]
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device(first.device):

@@ -1,0 +1,81 @@
+"""Attention read through tensor descriptors, and with specialized warps: the same numbers.
+
+No configuration asks for either by itself; these tests do, for every kernel that has them.
+"""
+
+import dataclasses
+from importlib.metadata import version
+
+import attention_cases as cases
+import pytest
+import recorded
+import torch
+from test_attention import _scores, check_pairs
+
+from fusedformer import aot
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.usefixtures("on_device", "poisoned_memory")
+
+# What TMA has to get right: ends of the keys that hold NaN, head dimensions between powers of two,
+# one row, strides. On a GPU warps are specialized in 16 bits without masks.
+CHOSEN = [case for case in cases.CASES if case["mask"] is None]
+_ODD = [case for case in CHOSEN if case["lengths"] and case["dim"] in (13, 100)]
+FAST = sorted(_ODD, key=_scores)[:2]
+ON_GPU = [case for case in CHOSEN if case["dim"] <= 128 and len(set(case["heads"])) == 1]
+
+
+@pytest.fixture(params=["descriptors", "specialized"])
+def way(request, monkeypatch):
+    """Lets every configuration have descriptors, and specialized warps if asked."""
+    from fusedformer.kernels.triton import attention as backend
+
+    def changed(config):
+        def found(*args):
+            known = dataclasses.replace(config(*args), descriptors=True)
+            if request.param == "descriptors":
+                return known
+            # Tiles that compile for sm_90 so, in 16 bits.
+            return dataclasses.replace(known, block_m=64, block_n=64, warps=4, specialized=True)
+
+        return found
+
+    for name in ("forward", "key_value_grads", "query_grads"):
+        monkeypatch.setattr(backend, f"{name}_config", changed(getattr(backend, f"{name}_config")))
+    return request.param
+
+
+@pytest.mark.parametrize("case", FAST, ids=cases.describe)
+def test_numbers(case, way):
+    check_pairs(case, backends=("triton",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [c for c in cases.CASES if _scores(c) < 60_000][::8], ids=cases.describe
+)
+def test_numbers_of_more(case, way):
+    check_pairs(case, backends=("triton",))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_GPU[::2], ids=cases.describe)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_on_gpu(case, dtype, way):
+    if way == "specialized" and case["p"] and version("triton") < "3.7":
+        pytest.skip("Triton 3.6 cannot specialize warps that make dropout's bits")
+    check_pairs({**case, "dtype": dtype}, "cuda", backends=("triton",))
+
+
+@pytest.mark.slow
+def test_both_take_effect():
+    """On sm_90: no pointer in a loop; warps of their own that read."""
+    with aot.worker_pool(1) as pool:
+        for config, specialized in (((128, 64, 8, 2, True), 0), ((128, 64, 4, 2, True, True), 1)):
+            text, ptx = pool.submit(recorded.attention_forward, config).result()
+            assert "ttng.async_tma_copy_global_to_local" in text
+            assert "cp.async.bulk.tensor" in ptx
+            assert "cp.async.cg" not in ptx
+            assert "wgmma.mma_async" in ptx
+            assert text.count("ttg.warp_specialize(") == specialized
