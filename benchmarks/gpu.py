@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     make_folder(out)
     evidence = Evidence(device, args.quick, budget, out, asked)
     try:
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             evidence.collect()
         state = COMPLETE
     except KeyboardInterrupt:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """Within the block, SIGTERM ends as Ctrl-C does: what was started is ended, what is known kept.
 
     That is what a batch system and `timeout` send.

@@ -19,11 +19,11 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -158,19 +158,29 @@ def _compile(report: Report, entry: Any) -> None:
     """Fills in a report on a recorded launch."""
     import triton
 
-    kernel = compiled(entry, report.capability)
+    found = compiled(entry, report.capability)
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
-    report.registers, report.stack = _resources(kernel.asm["cubin"], cuobjdump)
-    report.shared = kernel.metadata.shared
-    ptx = kernel.asm["ptx"]
+    report.registers, report.stack = _resources(found.asm["cubin"], cuobjdump)
+    report.shared = found.metadata.shared
+    ptx = found.asm["ptx"]
     report.matrix = next((name for name, text in _MATRIX if re.search(text, ptx)), "-")
 
 
-def compile_case(name: str, capability: int) -> list[Report]:
-    """Compiles every kernel that a case launches on a chip of this capability.
+def compile_launch(case: str, bits: int, capability: int, entry: Any) -> Report:
+    """Compiles a recorded launch; a kernel that does not compile is a fault, not an exception."""
+    # Triton's own types, such as that of a constexpr dtype, stay in the worker.
+    options = {k: v if isinstance(v, int) else str(v) for k, v in entry.options.items()}
+    report = Report(case, entry.kernel.__name__, capability, bits, options)
+    try:
+        _compile(report, entry)
+        report.faults = faults(report)
+    except Exception as error:
+        report.faults = [_reason("does not compile", error)]
+    return report
 
-    A kernel that does not compile is a fault, not an exception.
-    """
+
+def compile_case(name: str, capability: int) -> list[Report]:
+    """Compiles every kernel that a case launches on a chip of this capability."""
     from fusedformer.kernels.triton import launch
 
     if launch.INTERPRETED:
@@ -180,18 +190,7 @@ def compile_case(name: str, capability: int) -> list[Report]:
         entries = launches(case, capability)
     except Exception as error:
         return [_failed(name, capability, _reason("cannot be launched", error))]
-    reports = []
-    for entry in entries:
-        # Triton's own types, such as that of a constexpr dtype, stay in the worker.
-        options = {k: v if isinstance(v, int) else str(v) for k, v in entry.options.items()}
-        report = Report(name, entry.kernel.__name__, capability, case.bits, options)
-        try:
-            _compile(report, entry)
-            report.faults = faults(report)
-        except Exception as error:
-            report.faults = [_reason("does not compile", error)]
-        reports.append(report)
-    return reports
+    return [compile_launch(name, case.bits, capability, entry) for entry in entries]
 
 
 def _reason(what: str, error: Exception) -> str:
@@ -264,26 +263,53 @@ def worker_pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
 
 
-def compile_all(tasks: Iterable[tuple[str, int]], jobs: int) -> Iterator[list[Report]]:
-    """Reports of each (case, capability), in order, made by ``jobs`` processes."""
+Result = TypeVar("Result")
+
+
+def in_workers(
+    function: Callable[..., Result],
+    tasks: Iterable[tuple],
+    jobs: int,
+    crashed: Callable[..., Result],
+) -> Generator[Result, None, None]:
+    """function(*task) of each task, in order, by ``jobs`` processes.
+
+    A compiler that crashes takes its process along: such a task's result is crashed(*task).
+    """
     left = list(tasks)
     while left:
         try:
             with worker_pool(min(jobs, len(left))) as pool:
-                for reports in pool.map(compile_case, *zip(*left, strict=True)):
-                    del left[0]
-                    yield reports
+                try:
+                    for result in pool.map(function, *zip(*left, strict=True)):
+                        del left[0]
+                        yield result
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)  # who asked may have enough
         except BrokenProcessPool:
-            # A compiler that crashes takes its process along. Was it the first one left?
-            yield _compile_alone(*left.pop(0))
+            # It was one of those at work: each of them now has a process of its own.
+            suspects, left = left[:jobs], left[jobs:]
+            with ThreadPoolExecutor(len(suspects)) as threads:
+                yield from threads.map(lambda task: _alone(function, task, crashed), suspects)
 
 
-def _compile_alone(name: str, capability: int) -> list[Report]:
+def _alone(
+    function: Callable[..., Result], task: tuple, crashed: Callable[..., Result]
+) -> Result:
     with worker_pool(1) as pool:
         try:
-            return pool.submit(compile_case, name, capability).result()
+            return pool.submit(function, *task).result()
         except BrokenProcessPool:
-            return [_failed(name, capability, "the compiler crashed")]
+            return crashed(*task)
+
+
+def compile_all(tasks: Iterable[tuple[str, int]], jobs: int) -> Iterator[list[Report]]:
+    """Reports of each (case, capability), in order, made by ``jobs`` processes."""
+
+    def crashed(name: str, capability: int) -> list[Report]:
+        return [_failed(name, capability, "the compiler crashed")]
+
+    yield from in_workers(compile_case, tasks, jobs, crashed)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
