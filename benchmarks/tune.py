@@ -63,6 +63,32 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
+class _Driver:
+    """What Triton asks of a GPU before it compiles for one."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+
+def ahead(entry: Any, capability: int) -> Any:
+    """Compiles a recorded launch as the launch would, so that it finds it; needs no GPU."""
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(capability))
+    return entry.kernel.warmup(*entry.args, grid=entry.grid, **entry.options)
+
+
 def compile_candidate(name: str, index: int, capability: int, multiprocessors: int) -> aot.Report:
     """Compiles what a branch would launch, into the cache from which a launch takes it."""
     from fusedformer.kernels.triton import launch
@@ -72,7 +98,7 @@ def compile_candidate(name: str, index: int, capability: int, multiprocessors: i
         call = branch.make("meta")
     _, entries, _ = tune_branches.launches(branch, _candidate(branch, index), call, chip)
     with _silent():
-        return aot.compile_launch(name, 16, capability, entries[0])
+        return aot.compile_launch(name, 16, capability, entries[0], ahead)
 
 
 @functools.lru_cache(maxsize=1)

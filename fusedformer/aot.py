@@ -154,11 +154,10 @@ def compiled(entry: Any, capability: int) -> Any:
     )
 
 
-def _compile(report: Report, entry: Any) -> None:
-    """Fills in a report on a recorded launch."""
+def _measure(report: Report, found: Any) -> None:
+    """Fills in a report on a CompiledKernel."""
     import triton
 
-    found = compiled(entry, report.capability)
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
     report.registers, report.stack = _resources(found.asm["cubin"], cuobjdump)
     report.shared = found.metadata.shared
@@ -166,13 +165,19 @@ def _compile(report: Report, entry: Any) -> None:
     report.matrix = next((name for name, text in _MATRIX if re.search(text, ptx)), "-")
 
 
-def compile_launch(case: str, bits: int, capability: int, entry: Any) -> Report:
+def compile_launch(
+    case: str,
+    bits: int,
+    capability: int,
+    entry: Any,
+    compiler: Callable[[Any, int], Any] = compiled,
+) -> Report:
     """Compiles a recorded launch; a kernel that does not compile is a fault, not an exception."""
     # Triton's own types, such as that of a constexpr dtype, stay in the worker.
     options = {k: v if isinstance(v, int) else str(v) for k, v in entry.options.items()}
     report = Report(case, entry.kernel.__name__, capability, bits, options)
     try:
-        _compile(report, entry)
+        _measure(report, compiler(entry, capability))
         report.faults = faults(report)
     except Exception as error:
         report.faults = [_reason("does not compile", error)]

@@ -92,18 +92,18 @@ def launches() -> "dict[str, tuple[list, int]]":
 
 def hashes(names: list[str]) -> list[tuple[str, str]]:
     """Of tune's branches: the hash of what is compiled ahead, and of what a launch compiles."""
-    from fusedformer import aot
-    from fusedformer.benchmarks import tune_branches
+    from fusedformer.benchmarks import tune, tune_branches
     from fusedformer.kernels.triton import launch
 
-    triton.runtime.driver.set_active(Driver())
     found, chip = [], launch.Chip(90, 132)
     for branch in tune_branches.branches():
         if branch.name in names:
             with launch.recording(chip):
                 call = branch.make("meta")
             (entry,) = tune_branches.launches(branch, branch.candidates[-1], call, chip)[1]
-            ahead = aot.compiled(entry, 90)
+            ahead = tune.ahead(entry, 90)
+            triton.runtime.driver.set_active(Driver())
+            entry.kernel.device_caches.clear()  # but for what is on disk
             by_launch = entry.kernel[entry.grid](*entry.args, **entry.options)
             found.append((ahead.hash, by_launch.hash))
     return found
