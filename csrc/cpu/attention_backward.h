@@ -79,20 +79,36 @@ inline int queries_of(const Attention& p, int64_t tile) {
   return static_cast<int>(left < TILE ? left : TILE);
 }
 
-// dO . O of one row.
-inline float row_product(DType dtype, const char* a, const char* b, int dim, float* scratch) {
-  const int size = bytes_of(dtype), width = rounded_up(dim, LANES);
-  float* other = scratch + width;
-  for (int d = dim; d < width; ++d) scratch[d] = other[d] = 0;
-  to_floats(dtype, a, size, dim, scratch);
-  to_floats(dtype, b, size, dim, other);
+// a . b of one row, the sums of every LANES-th element each in a lane.
+inline Vec row_product(DType dtype, const char* a, const char* b, int dim) {
+  const int size = bytes_of(dtype);
   Vec sum = zero();
-  for (int d = 0; d < dim; d += LANES) sum = fma(load(scratch + d), load(other + d), sum);
-  alignas(64) float parts[LANES];
-  store(parts, sum);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
-  return parts[0];
+  int d = 0;
+  for (; d + LANES <= dim; d += LANES)
+    sum = fma(load_as(dtype, a + d * size), load_as(dtype, b + d * size), sum);
+  if (d == dim) return sum;
+  alignas(64) float last_a[LANES] = {}, last_b[LANES] = {};
+  to_floats(dtype, a + d * size, size, dim - d, last_a);
+  to_floats(dtype, b + d * size, size, dim - d, last_b);
+  return fma(load(last_a), load(last_b), sum);
+}
+
+// to[i] = dO . O of row i, for n rows and the lanes after them. Rows are added up side by side.
+inline void row_products(DType dtype, const char* grad_out, ptrdiff_t grad_stride, const char* out,
+                         ptrdiff_t out_stride, int n, int dim, float* to) {
+  alignas(64) float rows[LANES * LANES] = {}, columns[LANES * LANES];
+  for (int first = 0; first < n; first += LANES) {
+    const int some = n - first < LANES ? n - first : LANES;
+    for (int row = 0; row < some; ++row)
+      store(rows + row * LANES, row_product(dtype, grad_out + (first + row) * grad_stride,
+                                            out + (first + row) * out_stride, dim));
+    transpose(rows, LANES, columns, LANES);
+    for (int half = LANES / 2; half; half /= 2)
+      for (int lane = 0; lane < half; ++lane)
+        store(columns + lane * LANES,
+              add(load(columns + lane * LANES), load(columns + (lane + half) * LANES)));
+    store(to + first, load(columns));
+  }
 }
 
 inline void write_zeros(const Tensor4& t, int64_t b, int64_t h, int64_t first, int64_t end,
@@ -123,15 +139,16 @@ void prepare(const Attention& p, const AttentionGrads& g, int64_t b, int64_t h, 
 
   const int64_t at = (b * p.heads + h) * p.n_queries + first;
   clear_columns(t.grad_query, p.dim, filled);
+  alignas(64) float products[TILE];
+  row_products(p.dtype, grad_out, g.grad_out.row, p.out.at(b, h, first), p.out.row, n, p.dim,
+               products);
   fill(t.lse, TILE, LSE_OF_NOTHING);
   fill(t.shift, TILE, 0);
   for (int i = 0; i < n; ++i) {
     const float lse = p.lse[at + i];
     if (lse == -__builtin_inff()) continue;  // nothing to attend to
     t.lse[i] = lse * Math::UNIT;
-    t.shift[i] = (g.grad_lse ? g.grad_lse[at + i] : 0) -
-                 row_product(p.dtype, grad_out + i * g.grad_out.row, p.out.at(b, h, first + i),
-                             p.dim, s.rows);
+    t.shift[i] = (g.grad_lse ? g.grad_lse[at + i] : 0) - products[i];
   }
   if (p.key_end(b, tile) == 0)  // no block of keys will come by
     write_zeros(g.grad_query, b, h, first, first + n, p.dim * bytes_of(p.dtype));
@@ -250,7 +267,10 @@ void pack_block(const Attention& p, int64_t b, int64_t h, int64_t first, int n,
   const char *keys = p.key.at(b, h, first), *values = p.value.at(b, h, first);
   Pack<Math>::rows(p.dtype, keys, p.key.row, n, p.dim, s.keys, words);
   Pack<Math>::rows(p.dtype, values, p.value.row, n, p.dim, s.values, words);
-  Pack<Math>::steps(p.dtype, keys, p.key.row, n, p.dim, s.key_steps, width);
+  if (Math::PER_WORD == 1 && words == width)
+    s.key_steps = s.keys;  // which are laid out alike
+  else
+    Pack<Math>::steps(p.dtype, keys, p.key.row, n, p.dim, s.key_steps, width);
 }
 
 // P^T and dS^T of a tile of queries and the packed block, into the scratch.
