@@ -77,7 +77,7 @@ def choose(
         (...) int64. Of equal logits at temperature 0, the lowest id.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.float().argmax(dim=-1)  # in 16 bits a CPU takes three times as long and more
     logits = filter_logits(logits, temperature, top_k, top_p)
     exponential = torch.empty_like(logits).exponential_(generator=generator)
     # An exact 0 would be noise without end, also for the tokens left out.
