@@ -354,7 +354,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         state = CUT
     document.finish(state)
-    terminal.show([summary(document.data["rows"])])
+    if device == "cuda":
+        terminal.show([summary(document.data["rows"])])
     if document.data["stopped"]:
         print(f"{len(document.data['stopped'])} branches did not begin: the budget was spent")
     print(f"{document.data['seconds']:.0f} s. Written: {document.path}")
