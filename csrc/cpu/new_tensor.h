@@ -14,12 +14,15 @@ namespace fusedformer {
 
 // Fresh memory costs a fault at each page's first write, which for large outputs takes longer than
 // the kernel: asks for pages of 2 MB, where the system leaves that to programs. A hint, no more,
-// and one that stays with the memory when it is used again.
+// and one that stays with the memory when it is used again. Not above 32 MB, from where on glibc
+// maps every tensor anew: where a system hands free memory back to its host, that takes anything
+// from a quarter to four times as long as with small pages (docs/notes.md). Torch's own switch,
+// THP_MEM_ALLOC_ENABLE=1, asks for large pages there, too.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 65536;  // a multiple of every system's
-  constexpr int64_t kWorthIt = 4 << 20;
-  if (bytes < kWorthIt) return;
+  constexpr int64_t kWorthIt = 4 << 20, kMappedAnew = 32 << 20;
+  if (bytes < kWorthIt || bytes > kMappedAnew) return;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
