@@ -51,7 +51,7 @@ def _native() -> "ModuleType | None":
 
 
 def _fit(x: Tensor, weight: Tensor, bias: "Tensor | None") -> bool:
-    if weight.dim() != 2 or not weight.is_cpu or not weight.is_contiguous():
+    if not (x.is_cpu and weight.is_cpu and weight.dim() == 2 and weight.is_contiguous()):
         return False
     columns, width = weight.shape
     return (
