@@ -57,8 +57,8 @@ _is_zero = getattr(torch, "_is_zerotensor", lambda _: True)  # a tensor without 
 _profiled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 # Classes of arguments that are what they seem.
-_TENSORS = frozenset(PLAIN_TENSORS)
-_PLAIN = _TENSORS.union((torch.dtype, type(None), bool, int, float, str, list))
+_TENSORS: frozenset[type] = frozenset(PLAIN_TENSORS)
+_PLAIN: frozenset[type] = _TENSORS.union((torch.dtype, type(None), bool, int, float, str, list))
 
 _default = AUTOMATIC
 _modules: dict[tuple[str, str], ModuleType | None] = {}
