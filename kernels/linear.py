@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedformer.kernels import dispatch
 
@@ -35,6 +36,7 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: "Tensor | None") -> "Ten
         or torch.is_grad_enabled()
         or not dispatch.unobserved((x, weight, bias))
         or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0  # tangents: no_grad() leaves them on
         or dispatch.checked("linear", None) not in (dispatch.AUTOMATIC, "cpu")
         or not _fit(x, weight, bias)
     ):
@@ -51,7 +53,7 @@ def _native() -> "ModuleType | None":
 
 
 def _fit(x: Tensor, weight: Tensor, bias: "Tensor | None") -> bool:
-    if not (x.is_cpu and weight.is_cpu and weight.dim() == 2 and weight.is_contiguous()):
+    if not (_dense(x) and _dense(weight) and weight.dim() == 2 and weight.is_contiguous()):
         return False
     columns, width = weight.shape
     return (
@@ -63,6 +65,10 @@ def _fit(x: Tensor, weight: Tensor, bias: "Tensor | None") -> bool:
         and x.dtype in _DTYPES
         and (
             bias is None
-            or (bias.is_cpu and bias.dtype == x.dtype and tuple(bias.shape) == (columns,))
+            or (_dense(bias) and bias.dtype == x.dtype and tuple(bias.shape) == (columns,))
         )
     )
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested

@@ -5,6 +5,7 @@ import torch
 from backends import ROW_BACKENDS
 from bounds import assert_within_bound
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,6 +89,29 @@ def test_no_rows_and_errors_are_torchs():
             with pytest.raises(RuntimeError) as torchs:
                 functional.linear(x, w, b)
             assert str(ours.value) == str(torchs.value)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense_are_torchs():
+    x, weight = torch.randn(2, 400), torch.randn(300, 400)
+    for rows, matrix in (
+        (x.to_sparse(), weight),
+        (x.to_sparse_csr(), weight),
+        (x, weight.to_sparse()),
+        (x, weight.to_sparse_csr()),
+        (torch.nested.nested_tensor([x]), weight),
+    ):
+        both = linear(rows, matrix), functional.linear(rows, matrix)
+        assert torch.equal(*(y.unbind()[0] if y.is_nested else y.to_dense() for y in both))
+
+
+@torch.no_grad()
+def test_tangents_are_kept():
+    x, tangent, weight = torch.randn(1, 400), torch.randn(1, 400), torch.randn(300, 400)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, tangent), weight)).tangent
+    assert torch.equal(found, functional.linear(tangent, weight))
 
 
 def test_gradients_are_torchs():
