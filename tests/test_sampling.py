@@ -55,6 +55,8 @@ def test_temperature_0_is_greedy_and_a_tie_the_lowest_id():
     assert choose(logits, temperature=0).tolist() == [1, 0]
     assert choose(logits[:1], top_k=1).tolist() == [1]
     assert choose(logits.half(), temperature=0).tolist() == [1, 0]
+    near = torch.tensor([1.0, 1 + 1e-12], dtype=torch.float64)
+    assert choose(near, temperature=0) == 1
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (4, None), (None, 0.8), (5, 0.9)])
