@@ -40,7 +40,7 @@ KERNEL_FLAGS = [
     "-fno-tree-slp-vectorize",
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
-# Attention's are as fast as with -O3, and compile sooner; norms would lose a tenth.
+# Attention's are as fast as with -O3, and compile sooner; norms would lose a tenth. Others: -O3.
 LEVELS = {"row_kernels": "-O3", "attention_kernels": "-O2"}
 # Of all other files, whose code runs once a call.
 ENTRY_FLAGS = ["-O1"]
@@ -114,7 +114,7 @@ def compile_commands(compiler: Compiler, folder: Path) -> dict[Path, list[str]]:
     for source in sources():
         variants = {"": ENTRY_FLAGS}
         if source.stem.endswith("_kernels"):
-            shared = [LEVELS[source.stem], *KERNEL_FLAGS]
+            shared = [LEVELS.get(source.stem, "-O3"), *KERNEL_FLAGS]
             variants = {
                 f".{isa}": [*shared, *flags, f"-DFUSEDFORMER_ISA={isa}"]
                 for isa, flags in compiler.isas.items()
