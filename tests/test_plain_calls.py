@@ -83,6 +83,23 @@ def test_any_strides(directly):
     assert torch.equal(attention(*expanded), wanted)
 
 
+def test_lazy_negatives_are_what_they_stand_for(directly):
+    size = (1, 2, 5, 8)
+    lazy = [torch.complex(torch.zeros(size), torch.randn(size)).conj().imag for _ in range(4)]
+    assert all(x.is_neg() for x in lazy)
+    *tensors, grad_out = [x.resolve_neg() for x in lazy]
+    leaves = [x.requires_grad_() for x in tensors]
+    wanted = attention(*leaves, backend="cpu")
+    wanted_grads = torch.autograd.grad(wanted, leaves, grad_out)
+    normed = layer_norm(tensors[0].detach(), tensors[1][0, 0, 0].detach(), backend="cpu")
+    directly()
+    assert torch.equal(attention(*lazy[:3]), wanted)
+    assert torch.equal(layer_norm(lazy[0], lazy[1][0, 0, 0]), normed)
+    lazy_leaves = [x.detach().requires_grad_() for x in lazy[:3]]
+    grads = torch.autograd.grad(attention(*lazy_leaves), lazy_leaves, lazy[3])
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted_grads, strict=True))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_torchs_function_is_the_same(causal, directly):
     tensors = make(SHAPES[0])
