@@ -316,7 +316,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", default="tune", help="where tune.json goes (tune)")
     add("--budget", metavar="SECONDS", help=f"after which no branch begins ({BUDGET:g})")
     add("--only", default="", metavar="TEXT", help="branches whose name holds TEXT")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    # One core is for the process that times, one for this one.
+    jobs = max(1, (os.cpu_count() or 1) - 2)
+    add("--jobs", type=int, default=jobs, help=f"processes that compile ({jobs})")
     add("--device", default="auto", help="auto, cpu (compiles for sm_90 alone) or cuda (auto)")
 
 

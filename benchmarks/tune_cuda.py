@@ -4,7 +4,8 @@
 
 For a Hopper GPU with nvcc. Every variant is first compared with the reference, on calls that end
 within a tile; one that is wrong, or that hangs, is not timed. The rest take turns with the present
-tile, from a cold L2 cache. The file has {"environment", "rows"}; a row is
+tile, from a cold L2 cache. The file, written anew after each case, has {"environment", "rows"}; a
+row is
 
     {"op": "attention_fwd", "variant": name, "default": name of what it is compared with, "case":
      {"batch", "heads", "length", "dim", "causal", "p"}, "correct": bool, "reason": why it was not
@@ -16,6 +17,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 
 import fusedformer
 from fusedformer.benchmarks import cuda_variants, environment, timing, workers
+from fusedformer.benchmarks.gpu import INTERRUPTED, terminated_as_interrupted
 from fusedformer.kernels.cuda.library import unsupported_gpu
 from fusedformer.kernels.native_cache import BuildError
 
@@ -33,7 +36,7 @@ LENGTH, BATCH, CHANNELS = 8192, 2, 2048
 DROPOUT = 0.1
 
 # A kernel that hangs is ended after this; the first call of a process also loads the library.
-_CHECK_SECONDS = 60.0
+_CHECK_SECONDS = 30.0
 
 
 def check(index: int) -> None:
@@ -99,29 +102,28 @@ def measure(indices: list[int], causal: bool, p: float, seconds: float) -> dict[
     return {int(name): timing.quantile(result["ms"], 0.5) for name, result in found.items()}
 
 
-def run(seconds: float) -> list[dict]:
-    """Checks and times all variants within about so many seconds; the rows of the file."""
-    end = time.perf_counter() + seconds
+def run(seconds: float) -> Iterator[list[dict]]:
+    """Checks and times all variants within about so many seconds; yields the rows of each case."""
     every = cuda_variants.variants()  # builds the library, which the time is not counted for
-    rows = []
+    end = time.perf_counter() + seconds
+    dims = sorted({variant.dim for variant in every})
+    dims.sort(key=lambda dim: dim not in (64, 128))  # what matters most first
+    cases = list(itertools.product(dims, (True, False), (0.0, DROPOUT)))
+    reasons: dict[int, str | None] = {}
     with workers.Workers(fresh=False) as worker:
-        reasons = {}
-        for variant in every:
-            left = max(1.0, min(_CHECK_SECONDS, end - time.perf_counter()))
-            outcome = worker.run(check, variant.index, timeout=left)
-            reasons[variant.index] = None if outcome.status == workers.OK else outcome.reason
-        dims = sorted({variant.dim for variant in every})
-        dims.sort(key=lambda dim: dim not in (64, 128))  # what matters most first
-        cases = list(itertools.product(dims, (True, False), (0.0, DROPOUT)))
         for number, (dim, causal, p) in enumerate(cases):
+            for variant in every:
+                if variant.dim == dim and variant.index not in reasons:
+                    left = max(1.0, min(_CHECK_SECONDS, end - time.perf_counter()))
+                    outcome = worker.run(check, variant.index, timeout=left)
+                    reasons[variant.index] = outcome.reason or None
             asked = [v for v in every if v.dim == dim and (v.takes(p) or not v.name)]
             timed = [v.index for v in asked if reasons[v.index] is None and v.takes(p)]
             share = (end - time.perf_counter()) / (len(cases) - number)
             outcome = workers.Outcome(workers.TOO_SLOW, reason="no time was left")
             if share > 0 and timed:
                 outcome = worker.run(measure, timed, causal, p, share / 2, timeout=share + 30)
-            rows += _rows(asked, outcome, reasons, dim, causal, p)
-    return rows
+            yield _rows(asked, outcome, reasons, dim, causal, p)
 
 
 def _rows(
@@ -168,20 +170,26 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> int:
+    """The command; what was measured before it was cut off is in the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=240.0, help="for all, the build aside")
     parser.add_argument("--out", type=Path, default=Path("tune_cuda.json"), help="the file")
     args = parser.parse_args()
+    rows: list[dict] = []
     try:
         if reason := unsupported_gpu(torch.device("cuda")):
             raise BuildError(reason)
-        rows = run(args.seconds)
+        document = {"environment": environment.describe("cuda"), "rows": rows}
+        with terminated_as_interrupted():
+            for found in run(args.seconds):
+                rows += found
+                print(table(found), flush=True)
+                args.out.write_text(json.dumps(document, indent=1) + "\n")
     except BuildError as error:
         print(f"tune_cuda: {error}", file=sys.stderr)
         return 2
-    print(table(rows))
-    document = {"environment": environment.describe("cuda"), "rows": rows}
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    except KeyboardInterrupt:
+        return INTERRUPTED
     print(f"Written: {args.out}")
     return 0
 

@@ -46,7 +46,7 @@ class Worker:
 def rows(monkeypatch):
     monkeypatch.setattr(cuda_variants, "variants", lambda: VARIANTS)
     monkeypatch.setattr(workers, "Workers", Worker)
-    return tune_cuda.run(100.0)
+    return [row for found in tune_cuda.run(100.0) for row in found]
 
 
 def test_rows(rows):
@@ -69,6 +69,20 @@ def test_table(rows):
     assert len(lines) == len(rows)
     assert any("fast" in line and "1.000 ms  2.000x" in line for line in lines)
     assert any("wrong" in line and "wrong: AssertionError" in line for line in lines)
+
+
+def test_what_was_measured_before_a_cut_is_kept(monkeypatch, tmp_path):
+    def cut(seconds):
+        yield [{"variant": "kept"}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_cuda, "unsupported_gpu", lambda device: None)
+    monkeypatch.setattr(tune_cuda.environment, "describe", lambda device: {})
+    monkeypatch.setattr(tune_cuda, "table", lambda rows: "")
+    monkeypatch.setattr(tune_cuda, "run", cut)
+    monkeypatch.setattr(sys, "argv", ["tune_cuda", "--out", str(tmp_path / "x.json")])
+    assert tune_cuda.main() == 130
+    assert json.loads((tmp_path / "x.json").read_text())["rows"] == [{"variant": "kept"}]
 
 
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):

@@ -138,7 +138,7 @@ def _bias_activation_bwd_kernel(
     width: tl.int32,
     threshold: tl.uint32,
     scale,  # 1 / (1 - p)
-    groups: tl.int32,  # programs that share the rows of a column tile
+    groups: tl.int64,  # programs that share the rows of a column tile
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BIAS_GRAD: tl.constexpr,

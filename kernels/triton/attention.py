@@ -48,7 +48,8 @@ class Config:
     descriptors: bool = False
     # In the forward, and for dK and dV: on sm_90 more warps are added, some to read tiles, the
     # others to share the work. It takes descriptors and 4 warps (with 8 the compiler ignores it),
-    # and compiles without a mask, with as many key heads as heads, with dropout from Triton 3.7 on.
+    # and compiles without a mask and with as many key heads as heads; before Triton 3.7, with
+    # dropout, in smaller tiles alone.
     specialized: bool = False
 
 
