@@ -17,14 +17,13 @@ namespace {
 
 // A packed tile of queries: computed once, used by every block of keys.
 struct QueryTile {
-  float* query;       // (words of D, queries) in panels, its sign that of the scale
-  float* grad_out;    // (words of D, queries) in panels
+  float* query;       // (words of D, TILE), its sign that of the scale
+  float* grad_out;    // (words of D, TILE)
   float* query_steps;     // (TILE / PER_WORD, D padded)
   float* grad_out_steps;  // likewise
-  float* lse;         // (TILE,), as exponents; a weight of 0 for what is not there
-  float* lse_rest;    // (TILE,): minus what rounding took from it
+  float* lse;         // (TILE,), in the unit of the exponents; a weight of 0 for what is not there
   float* shift;       // (TILE,): minus (rowsum(dO o O) - dLSE)
-  float* grad_query;  // (D, queries) in panels: the sum over blocks so far
+  float* grad_query;  // (D, TILE): the sum over blocks so far
 
   template <class Math>
   static QueryTile take(Math, int dim, Arena& arena) {
@@ -35,7 +34,6 @@ struct QueryTile {
     tile.query_steps = arena.take<float>(width * TILE / Math::PER_WORD);
     tile.grad_out_steps = arena.take<float>(width * TILE / Math::PER_WORD);
     tile.lse = arena.take<float>(TILE);
-    tile.lse_rest = arena.take<float>(TILE);
     tile.shift = arena.take<float>(TILE);
     tile.grad_query = arena.take<float>(width * TILE);
     return tile;
@@ -129,12 +127,10 @@ void prepare(const Attention& p, const AttentionGrads& g, int64_t b, int64_t h, 
   const char *query = p.query.at(b, h, first), *grad_out = g.grad_out.at(b, h, first);
 
   pack_columns<Math>(p.dtype, query, p.query.row, n, p.dim, s.rows, t.query);
+  if (p.scale < 0) flip_signs(t.query, Pack<Math>::words(p.dim) * TILE, Math::SIGNS);
   pack_columns<Math>(p.dtype, grad_out, g.grad_out.row, n, p.dim, s.rows, t.grad_out);
-  const int filled = rounded_up(n, LANES);
-  if (p.scale < 0)
-    flip_signs(t.query, rounded_up(Pack<Math>::words(p.dim), LANES) * filled, Math::SIGNS);
   // Steps beyond the last query have weights of 0, and must not be NaN.
-  const int steps = (n + Math::PER_WORD - 1) / Math::PER_WORD;
+  const int filled = rounded_up(n, LANES), steps = (n + Math::PER_WORD - 1) / Math::PER_WORD;
   const size_t left = sizeof(float) * width * (filled / Math::PER_WORD - steps);
   __builtin_memset(t.query_steps + steps * width, 0, left);
   __builtin_memset(t.grad_out_steps + steps * width, 0, left);
@@ -142,19 +138,16 @@ void prepare(const Attention& p, const AttentionGrads& g, int64_t b, int64_t h, 
   Pack<Math>::steps(p.dtype, grad_out, g.grad_out.row, n, p.dim, t.grad_out_steps, width);
 
   const int64_t at = (b * p.heads + h) * p.n_queries + first;
-  fill(t.grad_query, width * filled, 0);
+  clear_columns(t.grad_query, p.dim, filled);
   alignas(64) float products[TILE];
   row_products(p.dtype, grad_out, g.grad_out.row, p.out.at(b, h, first), p.out.row, n, p.dim,
                products);
   fill(t.lse, TILE, LSE_OF_NOTHING);
-  fill(t.lse_rest, TILE, 0);
   fill(t.shift, TILE, 0);
   for (int i = 0; i < n; ++i) {
     const float lse = p.lse[at + i];
     if (lse == -__builtin_inff()) continue;  // nothing to attend to
-    const double exponent = lse * exponents_of_e(p);
-    t.lse[i] = static_cast<float>(exponent);
-    t.lse_rest[i] = static_cast<float>(t.lse[i] - exponent);
+    t.lse[i] = lse * Math::UNIT;
     t.shift[i] = (g.grad_lse ? g.grad_lse[at + i] : 0) - products[i];
   }
   if (p.key_end(b, tile) == 0)  // no block of keys will come by
@@ -189,17 +182,15 @@ template <class Math, int C, class Sink>
 FUSEDFORMER_INLINE void score_grads(const Attention& p, const QueryTile& t, const Scores& s, int v,
                                     Sink&& sink) {
   const int words = Pack<Math>::words(p.dim), at = v * LANES;
-  const ptrdiff_t panel = static_cast<ptrdiff_t>(at) * rounded_up(words, LANES);
   const StepsInRows keys = {reinterpret_cast<const char*>(s.keys), 4 * words};
   const StepsInRows values = {reinterpret_cast<const char*>(s.values), 4 * words};
-  const Vec inverse_keep = set(p.inverse_keep), scale = set(exponent_factor(p));
-  const Vec factor = s.bias ? set(1.0f) : scale;
+  const Vec scale = set(__builtin_fabsf(p.scale)), inverse_keep = set(p.inverse_keep);
+  const Vec factor = set(s.bias ? Math::UNIT : __builtin_fabsf(p.scale) * Math::UNIT);
   each_strip<rows_of<C>()>(0, s.rows, [&](auto height, int row) FUSEDFORMER_LAMBDA {
     constexpr int R = decltype(height)::value;
     alignas(64) float weights[R * C * LANES];
     product_tile<Math, R, C>(
-        words, keys.from(row), t.query + panel, C * LANES,
-        [&](Vec(&sums)[R][C]) FUSEDFORMER_LAMBDA {
+        words, keys.from(row), t.query + at, TILE, [&](Vec(&sums)[R][C]) FUSEDFORMER_LAMBDA {
           if (s.bias) {
             FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
               FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
@@ -209,12 +200,10 @@ FUSEDFORMER_INLINE void score_grads(const Attention& p, const QueryTile& t, cons
           FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
             FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
               store(weights + (r * C + c) * LANES,
-                    Math::exp2(fms(sums[r][c], factor, load(t.lse + at + c * LANES)),
-                               load(t.lse_rest + at + c * LANES)));
+                    Math::exp(fms(sums[r][c], factor, load(t.lse + at + c * LANES))));
         });
     product_tile<Math, R, C>(
-        words, values.from(row), t.grad_out + panel, C * LANES,
-        [&](Vec(&sums)[R][C]) FUSEDFORMER_LAMBDA {
+        words, values.from(row), t.grad_out + at, TILE, [&](Vec(&sums)[R][C]) FUSEDFORMER_LAMBDA {
           Vec p_rows[R][C];
           FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
             FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
@@ -325,12 +314,7 @@ void query_grads(const Attention& p, const AttentionGrads& g, const QueryTile& t
   const RowsInSteps keys = {reinterpret_cast<char*>(s.key_steps), 4 * rounded_up(p.dim, LANES)};
   const float* grads = Math::PER_WORD == 1 ? s.grads : s.grad_steps;
   attention_wait(done, static_cast<int>(block));
-  const ptrdiff_t width = rounded_up(p.dim, LANES);
-  each_panel(vectors, [&](auto size, int v) {
-    constexpr int C = decltype(size)::value;
-    product<Math, false>(p.dim, steps, C, keys, grads + v * LANES, TILE,
-                         t.grad_query + v * LANES * width, C * LANES);
-  });
+  product<Math, false>(p.dim, steps, vectors, keys, grads, TILE, t.grad_query, TILE);
   if ((block + 1) * BLOCK >= p.key_end(b, tile))
     store_columns(t.grad_query, [&](int) { return p.scale; }, queries, p.dim, s.rows, p.dtype,
                   g.grad_query.at(b, h, tile * TILE), g.grad_query.row);

@@ -14,9 +14,9 @@ namespace {
 
 // One tile's state between blocks of keys.
 struct QueryState {
-  float* query;    // (words of D, queries) in panels, its sign that of the scale
-  float* out;      // (D, queries) in panels: the sum of weights times values
-  float* maximum;  // (TILE,) of the exponents so far
+  float* query;    // (words of D, TILE), its sign that of the scale
+  float* out;      // (D, TILE): the sum of weights times values
+  float* maximum;  // (TILE,) of the scores so far, in the unit of the exponents
   float* sum;      // (TILE,) of the weights so far
   int64_t first;   // query
   int n;           // queries
@@ -86,35 +86,35 @@ void start_tile(const Attention& p, int64_t b, int64_t h, int64_t tile, ForwardS
   state.end = p.key_end(b, tile);
   pack_columns<Math>(p.dtype, p.query.at(b, h, state.first), p.query.row, state.n, p.dim, s.rows,
                      state.query);
+  if (p.scale < 0) flip_signs(state.query, Pack<Math>::words(p.dim) * TILE, Math::SIGNS);
   const int filled = rounded_up(state.n, LANES);
-  if (p.scale < 0)
-    flip_signs(state.query, rounded_up(Pack<Math>::words(p.dim), LANES) * filled, Math::SIGNS);
   fill(state.maximum, filled, LEAST_MAXIMUM);
   fill(state.sum, filled, 0);
-  fill(state.out, rounded_up(p.dim, LANES) * filled, 0);
+  clear_columns(state.out, p.dim, filled);
 }
 
 // S^T, and its maximum over the keys for each query; plus the bias, if there is one, in which case
-// these are exponents. A function of its own, so that its loop has all registers.
+// the scale is applied. A function of its own, so that its loop has all registers.
 template <class Math, int C>
 FUSEDFORMER_APART void scores(const Attention& p, const float* query, StepsInRows keys, int rows,
-                              const float* bias, float* to, float* maximum) {
-  const Vec factor = set(exponent_factor(p));
+                              const float* bias, float* to, int v, float* maximum) {
+  const Vec scale = set(__builtin_fabsf(p.scale));
   for (int c = 0; c < C; ++c) store(maximum + c * LANES, set(-__builtin_inff()));
   each_strip<rows_of<C>()>(0, rows, [&](auto height, int row) FUSEDFORMER_LAMBDA {
     constexpr int R = decltype(height)::value;
+    const int at = row * TILE + v * LANES;
     product_tile<Math, R, C>(
-        Pack<Math>::words(p.dim), keys.from(row), query, C * LANES,
+        Pack<Math>::words(p.dim), keys.from(row), query + v * LANES, TILE,
         [&](Vec(&sums)[R][C]) FUSEDFORMER_LAMBDA {
           if (bias) {
             FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
               FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
-                sums[r][c] = fma(sums[r][c], factor, load(bias + (row + r) * TILE + c * LANES));
+                sums[r][c] = fma(sums[r][c], scale, load(bias + at + r * TILE + c * LANES));
           }
           FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
             Vec most = load(maximum + c * LANES);
             FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r) {
-              store(to + ((row + r) * C + c) * LANES, sums[r][c]);
+              store(to + at + r * TILE + c * LANES, sums[r][c]);
               most = larger(sums[r][c], most);
             }
             store(maximum + c * LANES, most);
@@ -131,7 +131,7 @@ FUSEDFORMER_INLINE void store_weights(Bfloat16, float* to, Vec low, Vec high) {
 }
 #endif
 
-// 2^(factor S - maximum) for some rows; adds them up, and stores them with what dropout drops
+// exp(factor S - maximum) for some rows; adds them up, and stores them with what dropout drops
 // being 0. The scale 1 / (1 - p) is applied to the sums at the end.
 template <class Math, bool DROPOUT, int C>
 FUSEDFORMER_INLINE void exponentials(int rows, const float* scores, float factor, int v,
@@ -141,7 +141,8 @@ FUSEDFORMER_INLINE void exponentials(int rows, const float* scores, float factor
   const Vec factors = set(factor);
   Vec part[C];
   const auto one = [&](int row, int c) FUSEDFORMER_LAMBDA {
-    Vec e = Math::exp2(fms(load(scores + (row * C + c) * LANES), factors, maximum[c]));
+    const int at = row * TILE + (v + c) * LANES;
+    Vec e = Math::exp(fms(load(scores + at), factors, maximum[c]));
     part[c] = add(part[c], e);
     if constexpr (DROPOUT) e = where(lanes(kept + 8 * row, v + c), e);
     return e;
@@ -154,11 +155,11 @@ FUSEDFORMER_INLINE void exponentials(int rows, const float* scores, float factor
     for (; row + PER <= end; row += PER)
       FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
         const Vec first = one(row, c), second = PER == 2 ? one(row + 1, c) : first;
-        store_weights(Math{}, weights + (row / PER * C + c) * LANES, first, second);
+        store_weights(Math{}, weights + row / PER * TILE + (v + c) * LANES, first, second);
       }
     for (; row < end; ++row)  // the last of an odd number
       FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
-        store_weights(Math{}, weights + (row / PER * C + c) * LANES, one(row, c), zero());
+        store_weights(Math{}, weights + row / PER * TILE + (v + c) * LANES, one(row, c), zero());
     FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) sum[c] = add(sum[c], part[c]);
   }
 }
@@ -167,17 +168,15 @@ FUSEDFORMER_INLINE void exponentials(int rows, const float* scores, float factor
 template <class Math, int C>
 void attend(const Attention& p, QueryState& state, const KeyBlock& block, int rows,
             const float* bias, const uint8_t* kept, ForwardScratch& s, int v) {
-  const float factor = bias ? 1.0f : exponent_factor(p);
+  const float factor = bias ? Math::UNIT : __builtin_fabsf(p.scale) * Math::UNIT;
   alignas(64) float block_maximum[TILE], rescale[TILE];
-  const ptrdiff_t words = rounded_up(Pack<Math>::words(p.dim), LANES), first = v * LANES;
-  scores<Math, C>(p, state.query + first * words, block.keys, rows, bias ? bias + first : nullptr,
-                  s.scores, block_maximum);
+  scores<Math, C>(p, state.query, block.keys, rows, bias, s.scores, v, block_maximum);
   Vec maximum[C], sum[C];
   FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
     const int at = (v + c) * LANES;
     const Vec before = load(state.maximum + at);
     maximum[c] = larger(mul(load(block_maximum + c * LANES), set(factor)), before);
-    const Vec change = Math::exp2(sub(before, maximum[c]));
+    const Vec change = Math::exp(fms(before, set(1.0f), maximum[c]));
     store(rescale + at, change);
     store(state.maximum + at, maximum[c]);
     store(state.sum + at, mul(load(state.sum + at), change));
@@ -192,8 +191,8 @@ void attend(const Attention& p, QueryState& state, const KeyBlock& block, int ro
     store(at, add(load(at), sum[c]));
   }
   product<Math, true>(p.dim, (rows + Math::PER_WORD - 1) / Math::PER_WORD, C, block.values,
-                      s.weights, C * LANES, state.out + first * rounded_up(p.dim, LANES), C * LANES,
-                      rescale + first);
+                              s.weights + v * LANES, TILE, state.out + v * LANES, TILE,
+                              rescale + v * LANES);
 }
 
 template <class Math>
@@ -210,11 +209,7 @@ void attend_block(const Attention& p, int64_t b, int64_t h, QueryState& state,
     kept = s.kept;
   }
   each_panel((state.n + LANES - 1) / LANES, [&](auto width, int v) {
-    constexpr int C = decltype(width)::value;
-    // Under a causal mask the panel's last query may see fewer keys than the tile's.
-    const int64_t seen = state.first + (v + C) * LANES + p.diagonal - block.first;
-    const int some = static_cast<int>(seen < rows ? seen : rows);
-    if (some > 0) attend<Math, C>(p, state, block, some, bias, kept, s, v);
+    attend<Math, decltype(width)::value>(p, state, block, rows, bias, kept, s, v);
   });
 }
 
@@ -225,8 +220,8 @@ void finish_tile(const Attention& p, int64_t b, int64_t h, QueryState& state, Fo
     // Rounded but once: the backward takes the exponential of what is stored. A row with nothing to
     // attend to has O = 0 and LSE = -inf.
     for (int i = 0; i < state.n; ++i)
-      lse[i] =
-          static_cast<float>(state.maximum[i] / exponents_of_e(p) + __builtin_log(state.sum[i]));
+      lse[i] = static_cast<float>(state.maximum[i] / static_cast<double>(Math::UNIT) +
+                                  __builtin_log(state.sum[i]));
   }
   for (int i = 0; i < state.n; ++i)
     state.sum[i] = state.sum[i] == 0 ? 0 : p.inverse_keep / state.sum[i];

@@ -9,19 +9,18 @@ namespace {
 
 // Finite, so that no difference of two is NaN: a hidden score; the least maximum of a row, so that
 // a row with nothing to attend to has weights of 0; and the LSE for such a row in the backward.
-// Differences of any two are far below what has an exponential and above -inf.
+// Differences of any two, in units of log2, are far below what has an exponential and above -inf.
 constexpr float HIDDEN = -1e38f, LEAST_MAXIMUM = -0.5e38f, LSE_OF_NOTHING = 0.5e38f;
 constexpr float NEVER = -1e30f;  // an additive value at or below this hides its key
 
-// n elements of the mask, `stride` bytes apart, as exponents of 2 to add.
+// n elements of the mask, `stride` bytes apart, as numbers to add.
 inline void mask_to_floats(const Attention& p, const char* from, int64_t stride, int n, float* to) {
   if (p.mask_dtype == DType::boolean) {
     for (int k = 0; k < n; ++k) to[k] = from[k * stride] ? 0.0f : HIDDEN;
     return;
   }
   to_floats(p.mask_dtype, from, stride, n, to);
-  const float unit = static_cast<float>(exponents_of_e(p));
-  for (int k = 0; k < n; ++k) to[k] = to[k] <= NEVER ? HIDDEN : unit * to[k];
+  for (int k = 0; k < n; ++k) to[k] = to[k] <= NEVER ? HIDDEN : to[k];
 }
 
 // The mask of `queries` x `keys` scores, as (keys, TILE).

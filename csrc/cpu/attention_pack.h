@@ -141,30 +141,18 @@ struct Pack<Bfloat16> {
 };
 #endif
 
-// A tile of queries lies in panels of COLUMNS vectors of them, each panel with all of its rows;
-// vectors that are left over make a panel each. A product that goes through a panel then reads what
-// lies side by side.
-struct Panel {
-  float* data;
-  ptrdiff_t stride;  // of its rows
-};
-
-// Where the vector `v` of a tile of `vectors` is.
-inline Panel vector_of(float* tile, int rows, int vectors, int v) {
-  const int panelled = vectors / COLUMNS * COLUMNS;
-  const int first = v < panelled ? v / COLUMNS * COLUMNS : v;
-  const int width = v < panelled ? COLUMNS : 1;
-  return {tile + first * LANES * rows + (v - first) * LANES, width * LANES};
+// to[w][n] = from[n][w] for n rows of some words, both multiples of LANES; TILE columns.
+inline void columns_of(const float* from, ptrdiff_t stride, int n, int words, float* to) {
+  for (int row = 0; row < n; row += LANES)
+    for (int w = 0; w < words; w += LANES)
+      transpose(from + row * stride + w, stride, to + w * TILE + row, TILE);
 }
 
-// From vector `first` on, vectors of a tile (words, vectors) = from^T, whose rows are the queries.
-inline void columns_of(const float* from, ptrdiff_t stride, int first, int end, int vectors,
-                       int words, float* to) {
-  for (int v = first; v < end; ++v, from += LANES * stride) {
-    const Panel panel = vector_of(to, words, vectors, v);
-    for (int w = 0; w < words; w += LANES)
-      transpose(from + w, stride, panel.data + w * panel.stride, panel.stride);
-  }
+// Zeros for the first n (a multiple of LANES) columns of (words, TILE). Not row by row, in which
+// GCC would see so many calls of memset.
+inline void clear_columns(float* to, int words, int n) {
+  for (int at = 0; at < n; at += LANES)
+    for (int w = 0; w < words; ++w) store(to + w * TILE + at, zero());
 }
 
 inline void flip_signs(float* words, int n, uint32_t signs) {
@@ -176,36 +164,32 @@ inline void flip_signs(float* words, int n, uint32_t signs) {
   }
 }
 
-// A tile of queries, or of their gradients, for sums over D: (words, vectors), in panels. Queries
-// are filled up with zeros to a multiple of LANES, words likewise.
+// A tile of queries, or of their gradients, for sums over D: (words, TILE). Queries are filled up
+// with zeros to a multiple of LANES.
 template <class Math>
 void pack_columns(DType dtype, const char* from, ptrdiff_t from_stride, int n, int dim, float* rows,
                   float* to) {
-  const int words = rounded_up(Pack<Math>::words(dim), LANES), vectors = (n + LANES - 1) / LANES;
+  const int words = rounded_up(Pack<Math>::words(dim), LANES), filled = rounded_up(n, LANES);
   int done = 0;
   if (Pack<Math>::laid_out(dtype, dim) && from_stride % 4 == 0) {
-    done = n / LANES;
-    columns_of(reinterpret_cast<const float*>(from), from_stride / 4, 0, done, vectors, words, to);
+    done = n / LANES * LANES;
+    columns_of(reinterpret_cast<const float*>(from), from_stride / 4, done, words, to);
   }
-  if (done == vectors) return;
-  const int left = n - done * LANES;
-  Pack<Math>::rows(dtype, from + done * LANES * from_stride, from_stride, left, dim, rows, words);
-  __builtin_memset(rows + left * words, 0,
-                   sizeof(float) * ((vectors - done) * LANES - left) * words);
-  columns_of(rows, words, done, vectors, vectors, words, to);
+  if (done == filled) return;
+  const int left = n - done;
+  Pack<Math>::rows(dtype, from + done * from_stride, from_stride, left, dim, rows, words);
+  __builtin_memset(rows + left * words, 0, sizeof(float) * (filled - n) * words);
+  columns_of(rows, words, filled - done, words, to + done);
 }
 
-// The opposite: n rows of a tensor from the columns of sums, (D, vectors) in panels, times
-// factor(row).
+// The opposite: n rows of a tensor from the columns of sums, (D, TILE), times factor(row).
 template <class Factor>
-void store_columns(float* from, Factor&& factor, int n, int dim, float* rows, DType dtype, char* to,
-                   ptrdiff_t to_stride) {
-  const int stride = rounded_up(dim, LANES), vectors = (n + LANES - 1) / LANES;
-  for (int v = 0; v < vectors; ++v) {
-    const Panel panel = vector_of(from, stride, vectors, v);
+void store_columns(const float* from, Factor&& factor, int n, int dim, float* rows, DType dtype,
+                   char* to, ptrdiff_t to_stride) {
+  const int stride = rounded_up(dim, LANES);
+  for (int row = 0; row < n; row += LANES)
     for (int d = 0; d < dim; d += LANES)
-      transpose(panel.data + d * panel.stride, panel.stride, rows + v * LANES * stride + d, stride);
-  }
+      transpose(from + d * TILE + row, TILE, rows + row * stride + d, stride);
   for (int row = 0; row < n; ++row)
     from_floats(dtype, rows + row * stride, factor(row), dim, to + row * to_stride);
 }

@@ -11,37 +11,28 @@
 namespace fusedformer {
 namespace {
 
-// Scores are exponents of 2. Of queries and keys, their products times this:
-FUSEDFORMER_INLINE float exponent_factor(const Attention& p) {
-  return __builtin_fabsf(p.scale) * 1.44269504f;
-}
-// And a natural logarithm times this, so that both agree beyond what the factor was rounded to.
-FUSEDFORMER_INLINE double exponents_of_e(const Attention& p) {
-  const float scale = __builtin_fabsf(p.scale);
-  return scale > 1e-30f ? exponent_factor(p) / static_cast<double>(scale) : 1.4426950408889634;
-}
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 // float32: whatever the dtype outside, exact to its last bits.
 struct Float32 {
   static constexpr int PER_WORD = 1;
+  static constexpr float UNIT = 1.0f;  // of exponents: of e
   static constexpr uint32_t SIGNS = 0x80000000u;
 
   static FUSEDFORMER_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
 
-  // 2^x for x <= 0 or little more; NaN for NaN. The largest error is near one ulp. `rest`: what was
-  // lost of x when it was rounded, if that is known.
-  template <class... Rest>
-  static FUSEDFORMER_INLINE Vec exp2(Vec x, Rest... rest) {
-    x = larger(set(UNDERFLOW), x);
-    const Vec n = rounded(x);
-    Vec r = sub(x, n);
-    if constexpr (sizeof...(rest) == 1) r = add(r, rest...);
-    Vec y = set(0x1.41fbaep-13f);
-    y = fma(y, r, set(0x1.5f3e6ap-10f));
-    y = fma(y, r, set(0x1.3b2d4ep-7f));
-    y = fma(y, r, set(0x1.c6aee8p-5f));
-    y = fma(y, r, set(0x1.ebfbdcp-3f));
-    y = fma(y, r, set(0x1.62e430p-1f));
+  // e^x for x <= 0 or little more; NaN for NaN. The largest error is near one ulp.
+  static FUSEDFORMER_INLINE Vec exp(Vec x) {
+    x = larger(set(-110.0f), x);
+    const Vec n = rounded(mul(x, set(LOG2E)));
+    Vec r = nfma(n, set(0x1.62e4p-1f), x);  // ln 2 in two parts
+    r = nfma(n, set(0x1.7f7d1cp-20f), r);
+    Vec y = set(0x1.6ae70ap-10f);
+    y = fma(y, r, set(0x1.126794p-7f));
+    y = fma(y, r, set(0x1.555822p-5f));
+    y = fma(y, r, set(0x1.55541ap-3f));
+    y = fma(y, r, set(0x1.fffffcp-2f));
+    y = fma(y, r, set(1.0f));
     y = fma(y, r, set(1.0f));
     return times_power_of_2(y, n);
   }
@@ -51,6 +42,7 @@ struct Float32 {
 // bfloat16 products, float32 sums.
 struct Bfloat16 {
   static constexpr int PER_WORD = 2;
+  static constexpr float UNIT = LOG2E;  // of exponents: of 2
   static constexpr uint32_t SIGNS = 0x80008000u;
 
   static FUSEDFORMER_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
@@ -58,10 +50,9 @@ struct Bfloat16 {
   }
 
   // 2^x for x <= 0 or little more, to 1e-4: a bfloat16 has an ulp of 8e-3.
-  template <class... Rest>
-  static FUSEDFORMER_INLINE Vec exp2(Vec x, Rest...) {
+  static FUSEDFORMER_INLINE Vec exp(Vec x) {
     const Vec n = rounded(x);
-    const Vec r = sub(x, n);
+    const Vec r = _mm512_sub_ps(x, n);
     Vec y = fma(set(0.0550089292f), r, set(0.242210969f));
     y = fma(y, r, set(0.693282902f));
     y = fma(y, r, set(1.0f));
@@ -109,7 +100,7 @@ FUSEDFORMER_INLINE void product_tile(int steps, A a, const float* b, ptrdiff_t b
   Vec sums[R][C];
   FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
     FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) sums[r][c] = zero();
-  FUSEDFORMER_TWICE for (int step = 0; step < steps; ++step, b += b_stride) {
+  for (int step = 0; step < steps; ++step, b += b_stride) {
     Vec columns[C];
     FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
       columns[c] = load(b + c * LANES);

@@ -3,10 +3,9 @@
 //   Vec, LANES                a vector of LANES floats (or of LANES words of 32 bits)
 //   ROWS, COLUMNS             how many vectors of sums a matrix product keeps in registers
 //   load, store, set, zero    no alignment is asked
-//   fma, fms                  a b + c, a b - c
+//   fma, fms, nfma            a b + c, a b - c, c - a b
 //   larger                    the larger one; b where one is NaN
-//   rounded                   to the nearest whole number, for |x| < 2^22 (AVX-512: for all)
-//   times_power_of_2          x 2^n for a whole n from UNDERFLOW, where it is 0, to 1
+//   rounded, times_power_of_2 to the nearest whole number; x 2^n for a whole n <= 1, 0 for n < -126
 //   Lanes, lanes, where, fma_where    some lanes: from bits, x or 0, a b + c or c
 //   from_ and to_ float16 and bfloat16, transpose
 //   pin                       keeps a loaded vector in a register: GCC would otherwise load it
@@ -28,7 +27,6 @@ namespace {
 // For loops over registers, which have to be unrolled: an index that is not a constant would put
 // all of them in memory.
 #define FUSEDFORMER_UNROLL _Pragma("GCC unroll 16")
-#define FUSEDFORMER_TWICE _Pragma("GCC unroll 2")
 #define FUSEDFORMER_APART __attribute__((noinline))
 #define FUSEDFORMER_LAMBDA __attribute__((always_inline))
 

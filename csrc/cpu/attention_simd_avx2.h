@@ -18,17 +18,18 @@ inline Vec set(float x) { return _mm256_set1_ps(x); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
+inline Vec nfma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-// By sums with 1.5 x 2^23, in which the last bit stands for 1: FMA's units are what runs short.
-inline Vec rounded(Vec x) { return sub(add(x, set(0x1.8p23f)), set(0x1.8p23f)); }
-constexpr float UNDERFLOW = -127;
+inline Vec rounded(Vec x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline Vec times_power_of_2(Vec x, Vec n) {
-  const __m256i exponent = _mm256_castps_si256(add(n, set(0x1.8p23f + 127)));
-  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  const __m256i exponent = _mm256_cvtps_epi32(_mm256_max_ps(n, set(-127)));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(x, _mm256_castsi256_ps(power));
 }
 inline void pin(Vec& x) { asm("" : "+x"(x)); }
 

@@ -21,10 +21,10 @@ inline Vec load(const float* p) {
 }
 inline void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof x); }
 inline Vec add(Vec a, Vec b) { return a + b; }
-inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
+inline Vec nfma(Vec a, Vec b, Vec c) { return c - a * b; }
 inline Vec select(Lanes yes, Vec a, Vec b) {
   return reinterpret_cast<Vec>((reinterpret_cast<Lanes>(a) & yes) |
                                (reinterpret_cast<Lanes>(b) & ~yes));
@@ -36,7 +36,6 @@ inline Vec rounded(Vec x) {
   asm("" : "+m"(sum));  // so that no compiler simplifies it away
   return sum - set(12582912.0f);
 }
-constexpr float UNDERFLOW = -127;
 inline Vec times_power_of_2(Vec x, Vec n) {
   Vec y;
   for (int lane = 0; lane < LANES; ++lane) {
