@@ -29,7 +29,6 @@ from fusedformer.kernels.triton.rows import dropout_arguments
 __all__ = ["attention_bwd", "attention_fwd", "attention_unsupported", "unsupported_device"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_DIM = 256
 _NO_MASK, _LOG2E = NO_MASK.value, LOG2E.value  # a constexpr's own operations take their time
 
 Strides = tuple[int, int, int]  # of batch, head and row
