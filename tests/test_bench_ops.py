@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fusedformer.benchmarks import measure
-from fusedformer.benchmarks.ops import attention, common, cross_entropy, models, rows
+from fusedformer.benchmarks.ops import attention, cross_entropy, models, rows
 from fusedformer.benchmarks.ops.registry import OPS
+from fusedformer.kernels import native
 
 CASES = {
     attention.Case: [
@@ -108,9 +109,18 @@ def test_a_peer_that_is_missing_says_so(name):
         assert impl.refuses(TINY.at(dtype="bf16")).endswith("is not installed")
 
 
-def test_backends_seen():
-    with common.backends_seen() as names:
-        measure.first("dropout", "fused", rows.Case(2, 3, dropout_p=0.5), "fwd", "")
-    assert names in (["cpu"], ["reference"])
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("dropout", rows.Case(2, 3, dropout_p=0.5)),
+        # These take a shorter way to the CPU's kernels.
+        ("attention", TINY),
+        ("layer_norm", rows.Case(2, 3)),
+    ],
+)
+def test_a_row_says_what_ran(op, case):
+    wanted = "reference (not fused)" if native.library()[1] else "fused (cpu)"
+    for mode in ("fwd", "fwd_bwd"):
+        assert measure.first(op, "fused", case, mode, "")["label"] == wanted
 
 

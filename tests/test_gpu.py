@@ -156,6 +156,16 @@ def test_ceilings(monkeypatch):
     assert set(found["matmul_tflops"]) == {"fp32", "fp16", "bf16"}
 
 
+@pytest.mark.parametrize("times", [(1.0, 4.0), (4.0, 1.0)])
+def test_a_ceiling_is_that_of_the_fastest_way(times, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    ways = iter(times)
+    monkeypatch.setitem(ceilings._SIDE, "cpu", 64)
+    monkeypatch.setattr(ceilings, "_best", lambda call, clock: (call(), next(ways))[1])
+    assert ceilings._product("cpu", "fp32", None) == 2 * 64**3 / 1e9
+
+
 def test_gpu_state():
     text = "1980, 2619, 412.3, 51\n1755, 2619, 690.0, 60\n[N/A], 2619, 500, 55\ncut o"
     found = gpu_state.summary(text)

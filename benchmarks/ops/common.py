@@ -180,20 +180,24 @@ def backward_of(held: Held) -> Callable[[Tensor], tuple[Tensor, ...]]:
 def backends_seen() -> Iterator[list[str]]:
     """The names of the backends that this project's ops ran on within the block, each once."""
     names: list[str] = []
-    pick = dispatch.pick
+    pick, straight = dispatch.pick, dispatch.straight_to_cpu
 
-    def recording(op: str, backend: str, args: tuple) -> Any:
-        module = pick(op, backend, args)
+    def seen(op: str, module: Any) -> Any:
         for name, path in dispatch.BACKENDS.items():
             if path.format(file=dispatch.OPS[op]) == module.__name__ and name not in names:
                 names.append(name)
         return module
 
-    dispatch.pick = recording
+    def straight_seen(op: str, tensors: tuple) -> Any:
+        module = straight(op, tensors)
+        return module and seen(op, module)
+
+    dispatch.pick = lambda op, *rest: seen(op, pick(op, *rest))
+    dispatch.straight_to_cpu = straight_seen
     try:
         yield names
     finally:
-        dispatch.pick = pick
+        dispatch.pick, dispatch.straight_to_cpu = pick, straight
 
 
 # --- Packages that may be missing -----------------------------------------------------------------
