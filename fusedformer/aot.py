@@ -7,6 +7,7 @@ the matrix instruction. A run fails on
 - a spill in float16 or bfloat16 on sm_80 and sm_90, elsewhere above the ceiling in SPILL_CEILING;
 - shared memory above the chip's limit;
 - sm_90 attention in 16 bits with a tile of 64 queries or more that does not use wgmma;
+- a product of float32 matrices that is rounded to TF32, Triton's default on a GPU;
 - a kernel that does not compile.
 """
 
@@ -45,6 +46,9 @@ _MATRIX = (
     ("mma", r"\bmma\.sync"),
 )
 
+# In Triton's IR: no word is full float32, "tf32x3" three products that together are as accurate.
+_ROUNDED = re.compile(r"\binputPrecision = tf32\b")
+
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -70,6 +74,7 @@ class Report:
     stack: int = 0  # bytes per thread; not zero when registers are spilled
     shared: int = 0  # bytes per block
     matrix: str = "-"
+    rounded: int = 0  # products of float32 matrices in TF32, 10 bits of 23
     faults: list[str] = field(default_factory=list)
 
 
@@ -161,6 +166,7 @@ def _measure(report: Report, found: Any) -> None:
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
     report.registers, report.stack = _resources(found.asm["cubin"], cuobjdump)
     report.shared = found.metadata.shared
+    report.rounded = len(_ROUNDED.findall(found.asm["ttir"]))
     ptx = found.asm["ptx"]
     report.matrix = next((name for name, text in _MATRIX if re.search(text, ptx)), "-")
 
@@ -223,6 +229,8 @@ def faults(report: Report) -> list[str]:
     tensor_cores = attends and report.bits == 16 and report.capability == 90 and tile >= 64
     if tensor_cores and report.matrix != "wgmma":
         broken.append(f"uses {report.matrix}, not wgmma")
+    if report.rounded:
+        broken.append(f"rounds the float32 of {report.rounded} products to TF32")
     return broken
 
 

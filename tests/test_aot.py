@@ -224,6 +224,7 @@ ATTENTION = {"BLOCK_M": 64, "BLOCK_N": 32}
         (_report(shared=101377, capability=120), "101377 bytes of shared memory, over 101376"),
         (_report("attention-bf16", options=ATTENTION, matrix="mma"), "uses mma, not wgmma"),
         (_report("attention-fp16", options=ATTENTION), "uses -, not wgmma"),
+        (_report(bits=32, rounded=2), "rounds the float32 of 2 products to TF32"),
     ],
 )
 def test_fault(report, fault):
