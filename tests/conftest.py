@@ -1,6 +1,8 @@
 """Shared by all tests: where Triton runs, how many threads, which tests need a GPU."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -37,12 +39,25 @@ def on_device() -> Iterator[None]:
     torch.set_default_device(None)
 
 
+def _perturb_malloc(byte: int) -> None:
+    """glibc's malloc fills what it gives with the complement of byte, what is freed with byte."""
+    if platform.libc_ver()[0] == "glibc":
+        perturb = -6  # M_PERTURB of malloc.h
+        assert ctypes.CDLL(None).mallopt(perturb, byte)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Tensors from torch.empty hold NaN, so that what a kernel leaves unwritten shows."""
+    """What a kernel leaves unwritten, or reads before it is written, shows.
+
+    Tensors from torch.empty hold NaN. So do in float16 the tensors and the scratch memory that C++
+    takes past torch.empty; in float32 and bfloat16 these hold -1.7e38.
+    """
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    _perturb_malloc(1)
     yield
+    _perturb_malloc(0)
     torch.use_deterministic_algorithms(False)
 
 
