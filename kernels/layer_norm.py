@@ -16,7 +16,8 @@ from fusedformer.kernels.checks import (
     is_number,
     shape,
 )
-from fusedformer.kernels.function import Function, once_differentiable, run, wants_gradient
+from fusedformer.kernels.function import Function, once_differentiable, run
+from fusedformer.kernels.norm_plain import norm_plain
 
 OP = "dropout_add_layer_norm"
 
@@ -259,6 +260,10 @@ def dropout_add_layer_norm(
         ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
         RuntimeError: the backend named cannot run this call; the message says why.
     """
+    if backend is None and seed is None and not prenorm and not residual_in_fp32:
+        y, seed = norm_plain(x, residual, weight, bias, dropout_p, eps, is_rms_norm)
+        if y is not None:
+            return y
     _check(OP, x, eps, residual=residual, weight=weight, bias=bias)
     check_dropout_p(OP, dropout_p)
     seed = rng.as_seed(OP, seed, x.device) if dropout_p > 0 else None
@@ -274,16 +279,10 @@ def dropout_add_layer_norm(
 
 
 def _norm(name, x, weight, bias, eps, is_rms_norm, backend):
-    if backend is None and type(eps) is float:
-        tensors = (x, weight, bias)
-        if weight is None or bias is None:
-            tensors = (x, *(vector for vector in (weight, bias) if vector is not None))
-        # Eager, without gradients, on a CPU: one C++ function checks and computes, or hands back.
-        cpu = dispatch.straight_to_cpu(OP, tensors)
-        if cpu is not None and not wants_gradient(*tensors):
-            y = cpu.norm_plain(x, weight, bias, eps, is_rms_norm)
-            if y is not None:
-                return y
+    if backend is None:
+        y, _ = norm_plain(x, None, weight, bias, 0.0, eps, is_rms_norm)
+        if y is not None:
+            return y
     _check(name, x, eps, weight=weight, bias=bias)
     return run(
         _DropoutAddLayerNorm,

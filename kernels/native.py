@@ -6,44 +6,28 @@ Conventions, for every op (csrc/cpu/ops.cpp has those of the C++ side):
   ``torch.ops.fusedformer_native.<op>_fwd``, private entry points that trust what was checked.
 - ``<op>_unsupported(*args)`` says why a call cannot run here, or None. An op that is not here yet
   has neither; dispatch then says so.
-- Nothing is built or loaded at import: library_error() does that, once, the first time an op asks.
+- Nothing is built or loaded at import: library() does that, once, the first time an op asks.
 """
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedformer.kernels import native_build, rng
+from fusedformer.kernels.native_library import (  # noqa: F401 (about: doctor asks each backend)
+    about,
+    dropout_options,
+    entry,
+    library,
+)
+from fusedformer.kernels.native_plain import (  # noqa: F401 (of this backend, but for short calls)
+    attention_plain,
+    attention_plain_bwd,
+    attention_plain_fwd,
+    norm_plain,
+    norm_plain_bwd,
+    norm_plain_fwd,
+)
 
-_ops = torch.ops.fusedformer_native
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@functools.cache
-def library() -> "tuple[str | None, str | None]":
-    """Loads the C++ library, building it if need be: its path and None, or None and the reason."""
-    try:
-        path = native_build.find()
-        torch.ops.load_library(str(path))
-    except (native_build.BuildError, OSError) as error:
-        return None, f"there is no C++ library: {error}"
-    return str(path), None
-
-
-def about() -> "dict[str, str | None]":
-    """What `fusedformer doctor` shows of this backend."""
-    path, error = library()
-    if path is None:
-        return {"library": None, "error": error}
-    return {
-        "library": path,
-        "instruction_set": _ops.isa(),
-        "instruction_sets": _ops.isas(),
-        "compiler": _ops.compiler(),
-    }
 
 
 def unsupported_device(device: torch.device) -> "str | None":
@@ -62,18 +46,6 @@ def unsupported_tensors(*tensors: "Tensor | None") -> "str | None":
     return library()[1] if tensors[0].is_cpu else unsupported_device(tensors[0].device)
 
 
-@functools.cache
-def _entry(name: str) -> Callable[..., Any]:
-    """An entry point of the library, once that is loaded: the C function beneath its OpOverload."""
-    overload = getattr(_ops, name).default
-    return getattr(overload, "_op", overload)
-
-
-def _dropout(p: float) -> tuple[int, float]:
-    """The threshold, and the scale of what is kept."""
-    return rng.threshold(p), 1 / (1 - p)
-
-
 # --- Dropout --------------------------------------------------------------------------------------
 
 
@@ -84,7 +56,7 @@ def dropout_unsupported(x: Tensor, *args: object) -> "str | None":
 
 def dropout_fwd(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """As reference.dropout_fwd."""
-    return _entry("dropout_fwd")(x, seed, *_dropout(p))
+    return entry("dropout_fwd")(x, seed, *dropout_options(p))
 
 
 def dropout_bwd(grad_out: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -119,26 +91,10 @@ def dropout_add_layer_norm_fwd(
     z_dtype: torch.dtype,
 ) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor]":
     """As reference.dropout_add_layer_norm_fwd."""
-    return _entry("dropout_add_layer_norm_fwd")(
-        x, residual, weight, bias, seed, *_dropout(dropout_p), eps, is_rms_norm, prenorm, z_dtype
-    )
-
-
-def norm_plain(
-    x: Tensor,
-    weight: "Tensor | None",
-    bias: "Tensor | None",
-    eps: float,
-    is_rms_norm: bool,
-) -> "Tensor | None":
-    """y of a norm alone, unchecked: None where that is not as usual."""
-    if library()[1] is not None:
-        return None
-    options = (eps, is_rms_norm) if is_rms_norm or eps != 1e-5 else ()
-    try:
-        return _entry("norm_plain")(x, weight, bias, *options)
-    except NotImplementedError:  # sparse, nested, on another device
-        return None
+    return entry("dropout_add_layer_norm_fwd")(
+        x, residual, weight, bias, seed, *dropout_options(dropout_p), eps, is_rms_norm, prenorm,
+        z_dtype,
+    )  # fmt: skip
 
 
 def dropout_add_layer_norm_bwd(
@@ -160,9 +116,9 @@ def dropout_add_layer_norm_bwd(
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]":
     """As reference.dropout_add_layer_norm_bwd."""
-    return _entry("dropout_add_layer_norm_bwd")(
-        grad_y, grad_z, source, residual, weight, bias, seed, mean, rstd, *_dropout(dropout_p),
-        prenorm, z_dtype, residual_grad, weight_grad, bias_grad,
+    return entry("dropout_add_layer_norm_bwd")(
+        grad_y, grad_z, source, residual, weight, bias, seed, mean, rstd,
+        *dropout_options(dropout_p), prenorm, z_dtype, residual_grad, weight_grad, bias_grad,
     )  # fmt: skip
 
 
@@ -181,8 +137,8 @@ def bias_activation_fwd(
     x: Tensor, bias: "Tensor | None", seed: "Tensor | None", activation: str, dropout_p: float
 ) -> Tensor:
     """As reference.bias_activation_fwd."""
-    return _entry("bias_activation_fwd")(
-        x, bias, seed, _ACTIVATIONS[activation], *_dropout(dropout_p)
+    return entry("bias_activation_fwd")(
+        x, bias, seed, _ACTIVATIONS[activation], *dropout_options(dropout_p)
     )
 
 
@@ -196,8 +152,8 @@ def bias_activation_bwd(
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None]":
     """As reference.bias_activation_bwd."""
-    return _entry("bias_activation_bwd")(
-        grad_out, x, bias, seed, _ACTIVATIONS[activation], *_dropout(dropout_p), bias_grad
+    return entry("bias_activation_bwd")(
+        grad_out, x, bias, seed, _ACTIVATIONS[activation], *dropout_options(dropout_p), bias_grad
     )
 
 
@@ -215,7 +171,7 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: "Tensor | None", ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.cross_entropy_fwd."""
-    return _entry("cross_entropy_fwd")(logits, target, weight, ignore_index, smoothing)
+    return entry("cross_entropy_fwd")(logits, target, weight, ignore_index, smoothing)
 
 
 def cross_entropy_bwd(
@@ -230,7 +186,7 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """As reference.cross_entropy_bwd."""
     grad = logits if overwrite else logits.new_empty(logits.shape)
-    _entry("cross_entropy_bwd")(
+    entry("cross_entropy_bwd")(
         grad_losses, lse, logits, target, weight, ignore_index, smoothing, grad
     )
     return grad
@@ -242,14 +198,14 @@ def cross_entropy_bwd(
 def linear_unsupported() -> "str | None":
     """Why torch's own product is to be preferred, or None."""
     reason = library()[1]
-    if reason is None and _ops.isa() == "portable":
+    if reason is None and torch.ops.fusedformer_native.isa() == "portable":
         return "portable code is not faster than torch's"
     return reason
 
 
 def linear(x: Tensor, weight: Tensor, bias: "Tensor | None") -> Tensor:
     """x W^T + b, of x (..., K), W (N, K) and b (N,), all of one dtype; neither K nor rows are 0."""
-    return _ops.linear.default(x, weight, bias)
+    return torch.ops.fusedformer_native.linear.default(x, weight, bias)
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -286,57 +242,9 @@ def attention_fwd(
     """O and LSE; see reference.attention_fwd."""
     if diagonal is None:
         diagonal = key.shape[2]  # which hides nothing
-    dropout = () if seed is None else (seed, *_dropout(dropout_p), *offsets)
-    return _entry("attention_fwd")(
+    dropout = () if seed is None else (seed, *dropout_options(dropout_p), *offsets)
+    return entry("attention_fwd")(
         query, key, value, mask, key_lengths, diagonal, scale, *dropout
-    )
-
-
-# The same without options, unchecked: what is not as usual, these hand back (None). Arguments that
-# are not passed cost no time.
-
-
-def _plain_options(causal: bool, scale: "float | None") -> tuple:
-    return () if scale is None and not causal else (bool(causal), scale)
-
-
-def attention_plain(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: "float | None"
-) -> "Tensor | None":
-    """O, or None."""
-    if library()[1] is not None:
-        return None
-    try:
-        return _entry("attention_plain")(query, key, value, *_plain_options(causal, scale))
-    except NotImplementedError:  # sparse, nested, on another device
-        return None
-
-
-def attention_plain_fwd(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: "float | None"
-) -> "tuple[Tensor, Tensor] | tuple[None, None]":
-    """O and LSE, or None and None."""
-    if library()[1] is not None:
-        return None, None
-    try:
-        return _entry("attention_plain_fwd")(query, key, value, *_plain_options(causal, scale))
-    except NotImplementedError:
-        return None, None
-
-
-def attention_plain_bwd(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    scale: "float | None",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of a call that attention_plain_fwd took."""
-    return _entry("attention_plain_bwd")(
-        grad_out, out, lse, query, key, value, *_plain_options(causal, scale)
     )
 
 
@@ -363,8 +271,8 @@ def attention_bwd(
     """
     if diagonal is None:
         diagonal = key.shape[2]
-    dropout = () if seed is None else (seed, *_dropout(dropout_p), *offsets)
-    return _entry("attention_bwd")(
+    dropout = () if seed is None else (seed, *dropout_options(dropout_p), *offsets)
+    return entry("attention_bwd")(
         grad_out, grad_lse, out, lse, mask_grad,
         query, key, value, mask, key_lengths, diagonal, scale, *dropout,
     )  # fmt: skip

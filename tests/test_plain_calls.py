@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from fusedformer import (
     attention,
     available_backends,
+    dropout_add_layer_norm,
     layer_norm,
     rms_norm,
     scaled_dot_product_attention,
@@ -33,6 +34,7 @@ def directly(monkeypatch):
     """Fails where a call chooses a backend, as it does on its ordinary way alone."""
 
     def here():
+        here.pick = dispatch.pick
         monkeypatch.setattr(dispatch, "pick", lambda *args: pytest.fail("the ordinary way"))
 
     attention(*(torch.ones(1, 1, 1, 1),) * 3)  # the first call of an op loads the backend
@@ -231,3 +233,96 @@ def test_norms_that_are_unusual_or_wrong_are_handed_back():
     for args in wrong:
         with pytest.raises((TypeError, ValueError), match="layer_norm: "):
             layer_norm(*args)
+
+
+# x, residual, weight, bias: dtypes of those that are there.
+F32, B16, H16 = torch.float32, torch.bfloat16, torch.float16
+MIXES = [
+    (F32, F32, F32, F32),
+    (B16, B16, B16, B16),
+    (B16, F32, F32, None),
+    (H16, F32, None, B16),
+    (H16, None, H16, H16),
+    (F32, H16, None, None),
+]
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_norms_gradients_are_the_same_bits_as_on_the_ordinary_way(
+    mix, p, is_rms_norm, directly, monkeypatch
+):
+    torch.manual_seed(0)
+    size = (3, 70, 33)
+    sizes = (size, size, size[-1:], size[-1:])
+    args = [
+        dtype and torch.randn(s).to(dtype).requires_grad_()
+        for s, dtype in zip(sizes, mix, strict=True)
+    ]
+    there = [tensor for tensor in args if tensor is not None]
+    grad_y = torch.randn(size).to(mix[0])
+
+    def call(**options):
+        torch.manual_seed(1)
+        return dropout_add_layer_norm(*args, p, 1e-3, is_rms_norm=is_rms_norm, **options)
+
+    wanted = call(backend="cpu")
+    wanted_grads = torch.autograd.grad(wanted, there, grad_y)
+    later = call()
+    directly()
+    found = call()
+    with torch.no_grad():
+        alone = call()
+    assert type(found.grad_fn).__name__ == "_PlainBackward"
+    assert torch.equal(found, wanted)
+    assert torch.equal(alone, wanted)
+    grads = torch.autograd.grad(found, there, grad_y, retain_graph=True)
+    only = torch.autograd.grad(found, there[-1], grad_y)
+    for grad, wanted_grad in zip((*grads, *only), (*wanted_grads, wanted_grads[-1]), strict=True):
+        assert torch.equal(grad, wanted_grad)
+        assert (grad.dtype, grad.stride()) == (wanted_grad.dtype, wanted_grad.stride())
+    # A backward that something looks on at goes through the op.
+    monkeypatch.setattr(dispatch, "pick", directly.pick)
+    with torch.autograd.profiler.profile() as seen:
+        observed = torch.autograd.grad(later, there, grad_y)
+    events = {event.name for event in seen.function_events}
+    assert "fusedformer::dropout_add_layer_norm_bwd" in events
+    for grad, wanted_grad in zip(observed, wanted_grads, strict=True):
+        assert torch.equal(grad, wanted_grad)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.0])
+def test_an_unusual_call_draws_one_seed(p):
+    """As the ordinary way does: the generator is then where a compiled model has it."""
+    x = torch.randn(5, 8)
+    for tensor in (x, x.double(), x[:0]):
+        after = []
+        for backend in (None, "reference"):
+            torch.manual_seed(0)
+            dropout_add_layer_norm(tensor, dropout_p=p, backend=backend)
+            after.append(torch.rand(()))
+        assert after[0] == after[1]
+
+
+def test_dropout_and_residual_that_are_wrong_are_refused_by_name():
+    x = torch.randn(3, 8)
+    dropout_add_layer_norm(x)
+    for name, options in {
+        "residual": {"residual": torch.randn(3, 7)},
+        "dropout_p": {"dropout_p": 1.5},
+        "eps": {"eps": float("nan")},
+    }.items():
+        with pytest.raises(ValueError, match=f"dropout_add_layer_norm: {name}"):
+            dropout_add_layer_norm(x, **options)
+    with pytest.raises(TypeError, match="dropout_add_layer_norm: residual"):
+        dropout_add_layer_norm(x, x.long())
+
+
+def test_norms_gradients_of_gradients_are_refused():
+    x = torch.randn(3, 8, requires_grad=True)
+    layer_norm(x)
+    grad_y = torch.randn(3, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer_norm(x), x, grad_y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

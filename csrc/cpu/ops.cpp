@@ -19,149 +19,12 @@
 #include "../philox.h"
 #include "cross_entropy.h"
 #include "elementwise.h"
-#include "layer_norm.h"
-#include "norm_plain.h"
+#include "norm_call.h"
+#include "row_sums.h"
 #include "tensors.h"
 
 namespace fusedformer {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-// --- Sums over rows ------------------------------------------------------------------------------
-//
-// Gradients of a weight or bias are summed over fixed chunks of rows, each in float32 by one task,
-// and these sums in the order of the chunks: whatever the number of threads, the same additions.
-
-// 64 chunks keep 64 threads busy and cost a sixty-fourth of the data in traffic; a chunk of fewer
-// elements than the grain would cost more than it saves.
-int64_t rows_of_chunk(int64_t rows, int64_t width) {
-  return std::max(divided_up(rows, 64), divided_up(kGrain / 2, width));
-}
-
-// Of a chunk, so many rows are summed one by one, and these sums then: 32 is few enough for a
-// float32 sum to stay as exact as eager's, which is pairwise, and enough to cost little.
-constexpr int64_t kBlockRows = 32;
-
-// to += from, four at a time by itself: this file is compiled with few optimisations.
-void add(float* to, const float* from, int64_t n) {
-  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    *reinterpret_cast<Four*>(to + i) += *reinterpret_cast<const Four*>(from + i);
-  for (; i < n; ++i) to[i] += from[i];
-}
-
-// total = the sums of run(first row, last row, sums that it adds to); block is scratch.
-template <class Run>
-void sum_blocks(int64_t first, int64_t last, int64_t columns, float* total, float* block,
-                const Run& run) {
-  std::fill_n(total, columns, 0.0f);
-  for (int64_t row = first; row < last; row += kBlockRows) {
-    std::fill_n(block, columns, 0.0f);
-    run(row, std::min(last, row + kBlockRows), block);
-    add(total, block, columns);
-  }
-}
-
-// The sums of all chunks, pitch apart, into a gradient.
-void add_up(const Tensor& grad, const float* sums, int64_t chunks, int64_t width, int64_t pitch) {
-  torch::stable::parallel_for(0, width, std::max<int64_t>(kGrain / chunks, 16),
-                              [&](int64_t first, int64_t last) {
-                                std::vector<float> total(sums + first, sums + last);
-                                for (int64_t chunk = 1; chunk < chunks; ++chunk)
-                                  add(total.data(), sums + chunk * pitch + first, last - first);
-                                write(grad, total.data(), first, last);
-                              });
-}
-
-// --- Dropout + add + layer norm ------------------------------------------------------------------
-
-std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> dropout_add_layer_norm_fwd(
-    Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor seed, int64_t threshold, double scale, double eps, bool is_rms_norm,
-    bool prenorm, ScalarType z_dtype) {
-  const int64_t width = width_of(x), rows = x.numel() / width;
-  const std::vector<int64_t> sizes = sizes_of(x), stats(sizes.begin(), sizes.end() - 1);
-  const Rows x_rows = rows_of(x, width);
-  const std::optional<Rows> residual_rows = rows_of(residual, width);
-  const FloatVector weights(weight, width, 1.0f), biases(bias, width, 0.0f);
-  const Tensor y = new_tensor(sizes, x.scalar_type());
-  const Tensor rstd = new_tensor(stats, ScalarType::Float);
-  OptionalTensor z, mean;
-  if (prenorm) z = new_tensor(sizes, z_dtype);
-  if (!is_rms_norm) mean = new_tensor(stats, ScalarType::Float);
-
-  NormForward a{};
-  a.x = x_rows.matrix;
-  a.residual = matrix_of(residual_rows);
-  a.y = output(y, width);
-  a.z = output(z, width);
-  a.z_type = type_of(z_dtype);
-  a.weight = weights.data();
-  a.bias = biases.data();
-  a.mean = mean ? static_cast<float*>(mean->mutable_data_ptr()) : nullptr;
-  a.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-  a.width = width;
-  a.dropout = dropout_of(seed, threshold, scale);
-  a.eps = static_cast<float>(eps);
-  run_norm(a, rows);
-  return {y, z, mean, rstd};
-}
-
-std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> dropout_add_layer_norm_bwd(
-    Tensor grad_y, OptionalTensor grad_z, Tensor source, OptionalTensor residual,
-    OptionalTensor weight, OptionalTensor bias, OptionalTensor seed, OptionalTensor mean,
-    Tensor rstd, int64_t threshold, double scale, bool prenorm, ScalarType z_dtype,
-    bool residual_grad, bool weight_grad, bool bias_grad) {
-  const int64_t width = width_of(source), rows = source.numel() / width;
-  const std::vector<int64_t> sizes = sizes_of(source);
-  const Rows source_rows = rows_of(source, width), grad_y_rows = rows_of(grad_y, width);
-  const std::optional<Rows> residual_rows = rows_of(residual, width);
-  const std::optional<Rows> grad_z_rows = rows_of(grad_z, width);
-  const FloatVector weights(weight, width, 1.0f);
-  const FloatVector means(mean, rows, 0.0f), rstds(rstd, rows, 0.0f);
-  const Tensor grad_x = new_tensor(sizes, grad_y.scalar_type());
-  OptionalTensor grad_residual, grad_weight, grad_bias;
-  if (residual_grad) grad_residual = new_tensor(sizes, z_dtype);
-  if (weight && weight_grad) grad_weight = new_tensor({width}, weight->scalar_type());
-  if (bias && bias_grad) grad_bias = new_tensor({width}, bias->scalar_type());
-
-  NormBackward a{};
-  a.source = source_rows.matrix;
-  a.residual = matrix_of(residual_rows);
-  a.grad_y = grad_y_rows.matrix;
-  a.grad_z = matrix_of(grad_z_rows);
-  a.grad_x = output(grad_x, width);
-  a.grad_residual = output(grad_residual, width);
-  a.z_type = type_of(z_dtype);
-  a.prenorm = prenorm;
-  a.weight = weights.data();
-  a.mean = mean ? means.data() : nullptr;
-  a.rstd = rstds.data();
-  a.width = width;
-  a.dropout = dropout_of(seed, threshold, scale);
-  a.stream = past_caches(rows, width, {a.grad_x, a.grad_residual});
-  const int64_t chunk = rows_of_chunk(rows, width), chunks = divided_up(rows, chunk);
-  const NormKernels& kernels = FUSEDFORMER_PICK(norm_kernels);
-  // Of the weight, then of the bias; none where neither is wanted.
-  const int64_t pitch = grad_weight || grad_bias ? 2 * width : 0;
-  const Scratch<float> sums(chunks * pitch);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<float> row(width), block(pitch);
-    const Scratch<uint32_t> words(mask_room(divided_up(width, kMaskBits)));
-    for (int64_t n = begin; n < end; ++n)
-      sum_blocks(n * chunk, std::min(rows, (n + 1) * chunk), pitch, sums.data() + n * pitch,
-                 block.data(), [&](int64_t first, int64_t last, float* into) {
-                   kernels.backward(a, first, last, row.data(), words.data(),
-                                    grad_weight ? into : nullptr,
-                                    grad_bias ? into + width : nullptr);
-                 });
-  });
-  if (grad_weight) add_up(*grad_weight, sums.data(), chunks, width, pitch);
-  if (grad_bias) add_up(*grad_bias, sums.data() + width, chunks, width, pitch);
-  return {grad_x, grad_residual, grad_weight, grad_bias};
-}
 
 // --- Dropout; bias + activation + dropout --------------------------------------------------------
 
@@ -254,7 +117,7 @@ std::tuple<Tensor, OptionalTensor> bias_activation_bwd(Tensor grad_out, Tensor x
                  });
     }
   });
-  if (grad_bias) add_up(*grad_bias, sums.data(), chunks, width, width);
+  if (grad_bias) add_up(sums.data(), chunks, width, width, grad_bias, std::nullopt);
   return {grad_x, grad_bias};
 }
 
@@ -340,6 +203,13 @@ void cross_entropy_bwd(Tensor grad_losses, Tensor lse, Tensor logits, Tensor tar
 }  // namespace
 }  // namespace fusedformer
 
+// What a call without them leaves out: each that is passed costs a small call time.
+#define FUSEDFORMER_NORM_OPTIONS \
+  "Tensor? residual=None, Tensor? seed=None, int threshold=0, float scale=1"
+#define FUSEDFORMER_NORM_ARGUMENTS                                              \
+  "Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, " \
+  "bool is_rms_norm=False, " FUSEDFORMER_NORM_OPTIONS
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
   m.def("dropout_fwd(Tensor x, Tensor seed, int threshold, float scale) -> Tensor");
   m.def(
@@ -347,13 +217,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
       "Tensor? seed, int threshold, float scale, float eps, bool is_rms_norm, bool prenorm, "
       "ScalarType z_dtype) -> (Tensor, Tensor?, Tensor?, Tensor)");
   m.def(
-      "norm_plain(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, "
-      "bool is_rms_norm=False) -> Tensor?");
-  m.def(
       "dropout_add_layer_norm_bwd(Tensor grad_y, Tensor? grad_z, Tensor source, Tensor? residual, "
       "Tensor? weight, Tensor? bias, Tensor? seed, Tensor? mean, Tensor rstd, int threshold, "
       "float scale, bool prenorm, ScalarType z_dtype, bool residual_grad, bool weight_grad, "
       "bool bias_grad) -> (Tensor, Tensor?, Tensor?, Tensor?)");
+  m.def("norm_plain(" FUSEDFORMER_NORM_ARGUMENTS ") -> Tensor?");
+  m.def("norm_plain_fwd(" FUSEDFORMER_NORM_ARGUMENTS ") -> (Tensor?, Tensor?)");
+  m.def(
+      "norm_plain_bwd(Tensor grad_y, Tensor stats, bool residual_grad, bool weight_grad, "
+      "bool bias_grad, Tensor x, Tensor? weight, Tensor? bias, " FUSEDFORMER_NORM_OPTIONS
+      ") -> (Tensor, Tensor?, Tensor?, Tensor?)");
   m.def(
       "bias_activation_fwd(Tensor x, Tensor? bias, Tensor? seed, int activation, int threshold, "
       "float scale) -> Tensor");
@@ -371,8 +244,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) {
   m.impl("dropout_fwd", TORCH_BOX(&fusedformer::dropout_fwd));
   m.impl("dropout_add_layer_norm_fwd", TORCH_BOX(&fusedformer::dropout_add_layer_norm_fwd));
-  m.impl("norm_plain", TORCH_BOX(&fusedformer::norm_plain));
   m.impl("dropout_add_layer_norm_bwd", TORCH_BOX(&fusedformer::dropout_add_layer_norm_bwd));
+  m.impl("norm_plain", TORCH_BOX(&fusedformer::norm_plain));
+  m.impl("norm_plain_fwd", TORCH_BOX(&fusedformer::norm_plain_fwd));
+  m.impl("norm_plain_bwd", TORCH_BOX(&fusedformer::norm_plain_bwd));
   m.impl("bias_activation_fwd", TORCH_BOX(&fusedformer::bias_activation_fwd));
   m.impl("bias_activation_bwd", TORCH_BOX(&fusedformer::bias_activation_bwd));
   m.impl("cross_entropy_fwd", TORCH_BOX(&fusedformer::cross_entropy_fwd));
