@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from fusedformer.benchmarks import (
     bench_tables,
@@ -51,7 +51,7 @@ _PARTS = {
     "environment": 0.1, "ceilings": 0.06, "build": 0.2, "dropout": 0.08, "tests": 0.3,
     "sanitizer": 0.1,
 }  # fmt: skip
-_SANITIZERS = ("memcheck", "racecheck")
+_SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _MOST_PROBLEMS = 25  # that the terminal lists; the file has all
 
 
@@ -269,34 +269,43 @@ class Evidence:
         if tool is None:
             return "not available: there is no compute-sanitizer"
         end = time.perf_counter() + part
-        for name in _SANITIZERS[: 1 if self.quick else None]:
-            self._data["sanitizer"].append(_sanitize(tool, name, end - time.perf_counter()))
+        # First without a tool: each kernel is compiled once then, and what fails anyway is told.
+        self._call(runner, gpu_checks.odd_shapes, part)
+        self._data["sanitizer"] = _sanitize(tool, _SANITIZERS[: 1 if self.quick else None], end)
         bad = [found for found in self._data["sanitizer"] if found["status"] != workers.OK]
         return f"{bad[0]['status']}: {bad[0]['tool']}: {bad[0]['reason']}" if bad else ""
 
 
-def _sanitize(tool: str, name: str, left: float) -> dict:
-    """One tool of compute-sanitizer over gpu_checks.odd_shapes()."""
-    command = [tool, f"--tool={name}", "--error-exitcode=99", "--print-limit=20"]
-    command += [sys.executable, "-m", "fusedformer.benchmarks.gpu_checks"]
+def _sanitize(tool: str, names: tuple[str, ...], end: float) -> list[dict]:
+    """Tools of compute-sanitizer over gpu_checks.odd_shapes(), side by side until ``end``: each
+    takes long, and little of the GPU."""
     # Allocations of their own, so that a read past the end of one is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    found = {"tool": name, "status": workers.OK, "reason": "", "output": ""}
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, cwd=gpu_tests.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            if code := process.wait(max(1.0, left)):
-                found |= {"status": workers.FAILED, "reason": f"exit code {code}"}
-        except subprocess.TimeoutExpired:
-            found |= {"status": "stopped", "reason": f"not done after {left:.0f} s"}
-        finally:
-            workers.end_group(process)  # the tool's child, too, which holds the GPU
-        output.seek(0)
-        found["output"] = output.read()[-4000:]
-    return found
+    with contextlib.ExitStack() as stack:
+        running = []
+        for name in names:
+            command = [tool, f"--tool={name}", "--error-exitcode=99", "--print-limit=20"]
+            command += [sys.executable, "-m", "fusedformer.benchmarks.gpu_checks"]
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            process = subprocess.Popen(
+                command, cwd=gpu_tests.ROOT, env=environment, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            stack.callback(workers.end_group, process)  # its child, too, which holds the GPU
+            running.append((name, process, output))
+        return [_sanitized(*one, end) for one in running]
+
+
+def _sanitized(name: str, process: subprocess.Popen, output: IO[str], end: float) -> dict:
+    """What a tool says once it has ended, or its time has."""
+    found = {"tool": name, "status": workers.OK, "reason": ""}
+    try:
+        if code := process.wait(max(1.0, end - time.perf_counter())):
+            found |= {"status": workers.FAILED, "reason": f"exit code {code}"}
+    except subprocess.TimeoutExpired:
+        found |= {"status": "stopped", "reason": "it was not done when the time was up"}
+    output.seek(0)
+    return found | {"output": output.read()[-4000:]}
 
 
 def _with_cuda(path: str) -> str:
@@ -321,7 +330,7 @@ def summary(data: dict) -> list[Table]:
         counts = ", ".join(f"{count} {what}" for what, count in data["tests"]["counts"].items())
         more = len(problems) - _MOST_PROBLEMS
         notes = (f"And {more} more.",) if more > 0 else ()
-        shown = problems[:_MOST_PROBLEMS]
+        shown = problems[:_MOST_PROBLEMS] or [["none", ""]]
         found.append(Table(f"Tests: {counts}", ["failed", ""], shown, notes))
     # Last, where a terminal's end shows it.
     return [*found, Table("Steps", ["step", "status", "s", ""], body)]

@@ -1,6 +1,8 @@
 """fusedformer gpu: the order of its steps, what it records, what a cut leaves; run on the CPU."""
 
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -144,6 +146,25 @@ def test_a_mask_that_is_not_the_contracts_is_seen(monkeypatch):
 
 def test_odd_shapes_run():
     assert gpu_checks.odd_shapes("cpu") >= 20
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the double of the sanitizer is a shell script")
+def test_sanitizers_are_told_apart(tmp_path):
+    """All of a tool's run side by side: one finds something, one is not done in time."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "--tool=racecheck*gpu_checks) echo a hazard; exit 99;;\n"
+        "--tool=synccheck*) sleep 60;;\n"
+        "esac\n"
+    )
+    tool.chmod(0o755)
+    found = gpu._sanitize(str(tool), gpu._SANITIZERS, time.perf_counter() + 0.5)
+    assert {one["tool"]: one["status"] for one in found} == {
+        "memcheck": "ok", "racecheck": "failed", "synccheck": "stopped", "initcheck": "ok",
+    }  # fmt: skip
+    assert (found[1]["reason"], found[1]["output"]) == ("exit code 99", "a hazard\n")
 
 
 def test_ceilings(monkeypatch):
