@@ -79,6 +79,22 @@ def test_numbers_on_gpu(case, dtype, way):
     check_pairs({**case, "dtype": dtype}, "cuda", backends=("triton",))
 
 
+def test_what_does_not_start_on_16_bytes_is_copied():
+    """Memory that torch did not allocate may start anywhere; offsets within it do not tell."""
+    from fusedformer.kernels.triton import attention as backend
+
+    memory = bytearray(2 * 4 * 64 + 32)
+    start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    for shift in (0, 2):
+        tensor = torch.frombuffer(
+            memory, dtype=torch.float16, count=4 * 64, offset=-start % 16 + shift
+        ).view(1, 1, 4, 64)
+        readable, _ = backend._readable(tensor)
+        assert readable.data_ptr() % 16 == 0
+        assert (readable is tensor) == (shift == 0)
+        assert torch.equal(readable, tensor.to(readable.device))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [(128, 64, 8, 2, True), (128, 64, 4, 2, True, True)], ids=str)
 def test_they_take_effect(config):

@@ -159,9 +159,9 @@ def attention_unsupported(
 def _readable(tensor: Tensor) -> tuple[Tensor, Strides]:
     """A (B, H, N, D) tensor that the kernels read 16 bytes at a time, and its strides.
 
-    Itself, or a padded copy. Unit stride in D, other strides multiples of 8 elements and short
-    enough for 32-bit offsets inside a tile. What has none of these, such as an odd head dimension,
-    is copied once: that is linear where attention is quadratic.
+    Itself, or a padded copy. It starts on 16 bytes; unit stride in D, other strides multiples of 8
+    elements and short enough for 32-bit offsets inside a tile. What has none of these, such as an
+    odd head dimension, is copied once: that is linear where attention is quadratic.
     """
     strides = _strides(tensor)
     of_batch, of_head, of_row = strides
@@ -169,7 +169,7 @@ def _readable(tensor: Tensor) -> tuple[Tensor, Strides]:
         (of_batch | of_head | of_row) % 8 == 0
         and of_row < 2**23
         and tensor.stride(3) == 1
-        and tensor.storage_offset() % 8 == 0
+        and tensor.data_ptr() % 16 == 0
     ):
         return tensor, strides
     batch, heads, length, dim = tensor.shape
@@ -302,7 +302,10 @@ def attention_bwd(
     offsets: list[int],
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, "Tensor | None"]:
-    """dQ, dK, dV and the mask's gradient; see reference.attention_bwd. Deterministic."""
+    """dQ, dK, dV and the mask's gradient; see reference.attention_bwd. Deterministic.
+
+    Beside these it needs a float32 for each query of each head.
+    """
     batch, heads, n_queries, dim = query.shape
     n_keys, block_d = key.shape[2], block_dim(dim)
     query, query_strides = _readable(query)

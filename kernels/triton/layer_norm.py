@@ -230,7 +230,10 @@ def dropout_add_layer_norm_bwd(
     weight_grad: bool,
     bias_grad: bool,
 ) -> "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]":
-    """(dx, dresidual, dweight, dbias), as reference.dropout_add_layer_norm_bwd."""
+    """(dx, dresidual, dweight, dbias), as reference.dropout_add_layer_norm_bwd.
+
+    Beside these, dweight and dbias need a float32 row of sums for each of backward_programs().
+    """
     width = source.shape[-1]
     n_rows = source.numel() // width
     read = (source, residual, grad_y, grad_z)
