@@ -96,7 +96,7 @@ def compile_candidate(name: str, index: int, capability: int, multiprocessors: i
     branch, chip = _branches()[name], launch.Chip(capability, multiprocessors)
     with launch.recording(chip):
         call = branch.make("meta")
-    _, entries, _ = tune_branches.launches(branch, _candidate(branch, index), call, chip)
+    _, entries, *_ = tune_branches.launches(branch, _candidate(branch, index), call, chip)
     with _silent():
         return aot.compile_launch(name, 16, capability, entries[0], ahead)
 
@@ -114,8 +114,9 @@ def _run(name: str, index: int, call: tune_branches.Call) -> "tuple[Any, tuple]"
     from fusedformer.kernels.triton import launch
 
     branch, chip = _branches()[name], launch.chip(torch.device("cuda"))
-    before, own, outputs = tune_branches.launches(branch, _candidate(branch, index), call, chip)
-    for entry in (*before, *own):
+    candidate = _candidate(branch, index)
+    before, own, after, outputs = tune_branches.launches(branch, candidate, call, chip)
+    for entry in (*before, *own, *after):
         launch.launch(entry.kernel, entry.grid, *entry.args, **entry.options)
     torch.cuda.synchronize()
     return own[0], outputs
@@ -140,7 +141,8 @@ def check(name: str, index: int) -> float:
 
 
 def time_candidates(name: str, indices: list[int]) -> dict[int, dict]:
-    """Milliseconds of candidates that take turns: summaries, or {"error": why}."""
+    """Milliseconds of candidates that take turns: "median", "p20", "p80" and how many "rounds"; or
+    {"error": why}."""
     from fusedformer.kernels.triton import launch
 
     call, _ = _held(name)
@@ -155,10 +157,15 @@ def time_candidates(name: str, indices: list[int]) -> dict[int, dict]:
         samples, timing.clock_for("cuda"), seconds=_TIMED_SECONDS, min_rounds=5, max_rounds=25,
         warmup=2,
     )  # fmt: skip
-    return {
-        int(index): {"error": str(held["error"])} if "error" in held else timing.summary(held["ms"])
-        for index, held in found.items()
-    }
+    return {int(index): _summary(held) for index, held in found.items()}
+
+
+def _summary(held: dict) -> dict:
+    """Without the samples, which thousands of candidates would fill megabytes with."""
+    if "error" in held:
+        return {"error": str(held["error"])}
+    summary = timing.summary(held["ms"])
+    return {"rounds": len(summary.pop("samples"))} | summary
 
 
 # --- The run --------------------------------------------------------------------------------------

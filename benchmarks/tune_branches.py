@@ -39,6 +39,7 @@ class Branch:
     make: Callable[[str], Call]  # of inputs on a device: "cuda" or "meta"
     operations: float = 0.0  # floating-point operations of its matrix products
     before: tuple[str, ...] = ()  # kernels whose results the launch reads
+    after: tuple[str, ...] = ()  # kernels that read its results
 
     def backend(self) -> Any:
         """The module, imported when it is needed: not every machine has Triton."""
@@ -58,24 +59,29 @@ def choosing(branch: Branch, candidate: Any) -> Iterator[None]:
         setattr(backend, branch.chooser, before)
 
 
-def launches(branch: Branch, candidate: Any, call: Call, chip: Any) -> "tuple[list, list, tuple]":
-    """What the launch reads from, the launch itself, and the outputs that it writes; not run.
+def launches(
+    branch: Branch, candidate: Any, call: Call, chip: Any
+) -> "tuple[list, list, list, tuple]":
+    """What the launch reads from, the launch itself, and what comes of it; not run.
 
     Returns:
-        (recorded launches of ``before``, those of ``kernels``, the call's outputs).
+        (recorded launches of ``before``, ``kernels`` and ``after``, and of the call's outputs those
+        that the last two write).
     """
     from fusedformer.kernels.triton import launch
 
     with choosing(branch, candidate), launch.recording(chip) as recorded:
         outputs = call()
-    before = [entry for entry in recorded if entry.kernel.__name__ in branch.before]
-    own = [entry for entry in recorded if entry.kernel.__name__ in branch.kernels]
+    before, own, after = (
+        [entry for entry in recorded if entry.kernel.__name__ in names]
+        for names in (branch.before, branch.kernels, branch.after)
+    )
     written = tuple(
         out
         for out in outputs
-        if out is not None and any(out is given for entry in own for given in entry.args)
+        if out is not None and any(out is given for entry in own + after for given in entry.args)
     )
-    return before, own, written
+    return before, own, after, written
 
 
 def described(candidate: Any) -> dict:
@@ -201,28 +207,35 @@ def _norm(width: int, backward: bool) -> Branch:
         (f"layer_norm_{side}_kernel", f"layer_norm_wide_{side}_kernel"),
         tuple(_norm_candidates(width, backward)),
         lambda device: _norm_calls(width, backward, device),
+        # How many rows of sums there are is the candidate's; what they add up to is not.
+        after=("layer_norm_weight_grads_kernel",) if backward else (),
     )  # fmt: skip
 
 
-def _loss_calls(classes: int, device: str) -> Callable[[], tuple]:
+def _loss_calls(classes: int, backward: bool, device: str) -> Callable[[], tuple]:
     from fusedformer.kernels.triton import cross_entropy as backend
 
     logits = _random(device, 8 * _ELEMENTS // classes, classes)
     target = torch.zeros(logits.shape[0], dtype=torch.int64, device=device)
-    return lambda: backend.cross_entropy_fwd(logits, target, None, -100, 0.0)
+    losses, _, lse = backend.cross_entropy_fwd(logits, target, None, -100, 0.0)
+    if not backward:
+        return lambda: backend.cross_entropy_fwd(logits, target, None, -100, 0.0)
+    return lambda: (backend.cross_entropy_bwd(losses, lse, logits, target, None, -100, 0.0),)
 
 
-def _loss(classes: int) -> Branch:
+def _loss(classes: int, backward: bool) -> Branch:
+    part, side = ("backward", "bwd") if backward else ("forward", "fwd")
     sizes = itertools.product((2048, 4096, 8192, 16384), (4, 8, 16))
     return Branch(
-        f"cross-entropy forward, {classes} classes",
-        "cross_entropy", "_wide_block", ("cross_entropy_wide_fwd_kernel",),
+        f"cross-entropy {part}, {classes} classes",
+        "cross_entropy", "_wide_grad_block" if backward else "_wide_block",
+        (f"cross_entropy_wide_{side}_kernel",),
         tuple(
-            {"COLUMNS": columns, "num_warps": warps}
+            {"COLUMNS": columns, "num_warps": warps} | ({"PIECE": 512} if backward else {})
             for columns, warps in sizes
             if 8 <= columns / (32 * warps) <= 64
         ),
-        lambda device: _loss_calls(classes, device),
+        lambda device: _loss_calls(classes, backward, device),
     )  # fmt: skip
 
 
@@ -238,7 +251,7 @@ def branches() -> list[Branch]:
         found += [_attention(part, dim, causal, p) for part in _ATTENTION]
     found += [_norm(width, False) for width in (1024, 4096, 8192, 768, 16384)]
     found += [_norm(width, True) for width in (1024, 4096, 8192, 768)]
-    found += [_loss(classes) for classes in (32768, 131072)]
+    found += [_loss(n, backward) for n in (32768, 131072) for backward in (False, True)]
     for dim, causal, p in (
         (128, False, 0.1), (64, False, 0.1), (128, False, 0.0), (64, False, 0.0),
         (96, True, 0.1), (256, True, 0.1), (192, True, 0.1), (32, True, 0.1),

@@ -33,15 +33,26 @@ def test_a_candidate_is_what_is_launched(branch):
     chip = launch.Chip(*CHIP)
     with launch.recording(chip):
         call = branch.make("meta")
+        returned = sum(out is not None for out in call())
     seen = set()
     for candidate in (None, branch.candidates[0], branch.candidates[-1]):
-        before, own, outputs = tune_branches.launches(branch, candidate, call, chip)
-        assert [entry.kernel.__name__ for entry in before] == list(branch.before)
+        before, own, after, outputs = tune_branches.launches(branch, candidate, call, chip)
+        for entries, names in ((before, branch.before), (after, branch.after)):
+            assert [entry.kernel.__name__ for entry in entries] == list(names)
         assert len(own) == 1
-        assert outputs
+        # All that the call returns, of attention's backward what its other kernels do not make.
+        parts = {"key_value_grads_config": 2, "query_grads_config": 1}
+        assert len(outputs) == parts.get(branch.chooser, returned)
         if candidate is not None:
             seen.add(repr(own[0].options))
     assert len(seen) == len({repr(branch.candidates[0]), repr(branch.candidates[-1])})
+
+
+def test_samples_are_not_kept():
+    """Of 1900 candidates they would be megabytes."""
+    found = tune._summary({"ms": [3.0, 1.0, 2.0]})
+    assert found == {"rounds": 3, "median": 2.0, "p20": 1.4, "p80": pytest.approx(2.6)}
+    assert tune._summary({"error": ValueError("no")}) == {"error": "no"}
 
 
 def test_the_launcher_chooses_for_itself_again():
