@@ -5,6 +5,7 @@ docs/result-schema.md describes the files of every kind.
 
 import json
 import os
+import re
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -52,8 +53,14 @@ class Document:
         """Writes the document as it is."""
         self.data["seconds"] = round(time.perf_counter() - self._started, 1)
         partial = self.path.with_name(self.path.name + ".part")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(_at_home(json.dumps(self.data, indent=1)) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
+
+
+def _at_home(text: str) -> str:
+    """With "~" for the home folder, which tells a user's name: files are committed and passed on."""
+    home = json.dumps(os.path.expanduser("~"))[1:-1]
+    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
 def read(path: Path, kind: "str | None" = None) -> dict:

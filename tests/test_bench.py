@@ -359,6 +359,17 @@ def test_resume_refuses_another_machine(here, tmp_path, capsys):
     assert "here it is 'another'" in capsys.readouterr().err
 
 
+def test_a_user_is_not_named(tmp_path, monkeypatch):
+    """Whatever a compiler or a test said: the file can be committed."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    said = f"g++ -I{tmp_path}/include: no {tmp_path}, but {tmp_path}-2"
+    held = document.Document(tmp_path / "x.json", "bench", {}, {}, rows=[{"reason": said}])
+    held.finish(document.COMPLETE)
+    (row,) = document.read(tmp_path / "x.json")["rows"]
+    assert row["reason"] == f"g++ -I~/include: no ~, but {tmp_path}-2"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("{", "cannot be read"), ("{}", "no schema_version"), ('{"schema_version": 99}', "99")],
