@@ -207,11 +207,12 @@ def roofline(document: dict) -> Iterator[Chart]:
         if row["status"] == workers.OK and "ms" in row and row["flops"] and row["bytes"]
     ]
     if ceilings and points:
-        draw = functools.partial(_draw_roofline, rows=points, ceilings=ceilings)
+        draw = functools.partial(draw_roofline, rows=points, ceilings=ceilings)
         yield Chart("Roofline: operations a second over operations a byte", draw, (6.4, 5))
 
 
-def _draw_roofline(axes: Axes, ink: str, rows: list[dict], ceilings: dict) -> None:
+def draw_roofline(axes: Axes, ink: str, rows: list[dict], ceilings: dict) -> None:
+    """Draws what rows' "flops", "bytes" and "ms" say; points of an "impl" are alike."""
     intensities = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(intensities) / 2, max(intensities) * 2
     slope = ceilings["copy_gbps"] / 1e3  # TFLOP/s at one operation a byte

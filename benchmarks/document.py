@@ -58,7 +58,7 @@ class Document:
 
 
 def _at_home(text: str) -> str:
-    """With "~" for the home folder, which tells a user's name: files are committed and passed on."""
+    """With "~" for the home folder, which names a user: files are committed and passed on."""
     home = json.dumps(os.path.expanduser("~"))[1:-1]
     return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 

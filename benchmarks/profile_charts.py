@@ -1,4 +1,5 @@
-"""The charts of an attention profile: time and memory of each variant, over length and dimension.
+"""The charts of an attention profile: time and memory of each variant, over length and dimension,
+with the fitted exponents; a roofline.
 
 Raises ImportError on import where matplotlib is absent.
 """
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from fusedformer.benchmarks import charts, results, workers
+from fusedformer.benchmarks import bench_charts, charts, results, workers
 from fusedformer.benchmarks.sweep import DOES_NOT_FIT
 
 
@@ -64,6 +65,10 @@ def draw(axes: Axes, ink: str, panel: Panel, document: dict) -> None:
             if not known:
                 continue
             name = results.series_label(members) if dashes == "-" else None
+            law = _law(document, sweep, (impl, causal, dropout_p), quantity)
+            if name and law:  # a zero has no sign: + 0.0 takes it away
+                x = "N" if sweep == "seq" else "d"
+                name += f": {x}^{round(law['exponent'], 2) + 0.0:.2f}"
             axes.plot(
                 *zip(*known, strict=True), dashes, color=colour, marker=marker, ms=5, lw=1.8,
                 markerfacecolor=colour if dashes == "-" else "none", label=name,
@@ -73,6 +78,29 @@ def draw(axes: Axes, ink: str, panel: Panel, document: dict) -> None:
     x_label = "sequence length N" if sweep == "seq" else "head dimension d"
     charts.log_log(axes, xs, x_label, _UNITS[panel.what], ink)
     charts.finish(axes, panel.title, ink)
+
+
+def _law(document: dict, sweep: str, series: results.Series, quantity: str) -> "dict | None":
+    """What was fitted to a quantity of a series, or None."""
+    for law in document["fits"]:
+        about = law["sweep"], law["quantity"], (law["impl"], law["causal"], law["dropout_p"])
+        if about == (sweep, quantity, series) and law["fitted"]:
+            return law
+    return None
+
+
+def roofline(document: dict) -> "charts.Draw | None":
+    """Forwards without dropout below the ceilings that were measured in the run; None without."""
+    rows = []
+    for row in document["rows"]:
+        if row["sweep"] == "seq" and not row["dropout_p"] and "forward_ms" in row:
+            operations, moved = results.forward_work(row)
+            measured = {"flops": operations, "bytes": moved, "ms": row["forward_ms"]}
+            rows.append(measured | {"impl": row["impl"], "case": {"dtype": row["dtype"]}})
+    ceilings = document["ceilings"]
+    if not rows or not ceilings:
+        return None
+    return functools.partial(bench_charts.draw_roofline, rows=rows, ceilings=ceilings)
 
 
 def _draw_limit(axes: Axes, ink: str, panel: Panel, document: dict) -> None:
@@ -100,6 +128,8 @@ def png(document: dict, heading: str, path: Path) -> None:
         (functools.partial(draw, panel=panel, document=document), charts.SIZE)
         for panel in panels(document["rows"])
     ]
+    if roof := roofline(document):
+        drawn.append((roof, charts.SIZE))
     charts.png(drawn, heading, path)
 
 

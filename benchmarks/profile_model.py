@@ -18,9 +18,10 @@ KIND = "profile model"
 INTERRUPTED = 130
 ABOUT = "a training step by its parts, over sequence length"
 
-# (CPU, GPU). The GPU's model is GPT-2's smallest.
+# (CPU, GPU), with lengths at which attention has overtaken the feed-forward layers. The GPU's model
+# is GPT-2's smallest.
 _DEFAULTS = {
-    "seq": ("128,256,512,1024,2048", "512,1024,2048,4096,8192,16384"),
+    "seq": ("128,256,512,1024,2048,4096,8192", "512,1024,2048,4096,8192,16384"),
     "batch": ("1", "1"),
     "layers": ("2", "12"),
     "width": ("256", "768"),

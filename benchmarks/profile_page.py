@@ -56,7 +56,8 @@ def reading(document: dict) -> str:
         )
     return (
         "Both axes are logarithmic, so that a cost of N to the power k is a straight line of "
-        "slope k: each doubling of the length multiplies it by 2^k." + note
+        "slope k: each doubling of the length multiplies it by 2^k. Beside a name in a time chart "
+        "stands the exponent of its forward." + note
     )
 
 
@@ -78,7 +79,7 @@ def method(document: dict) -> list[str]:
 
 def _charts(document: dict) -> list[str]:
     try:
-        from fusedformer.benchmarks import profile_charts
+        from fusedformer.benchmarks import charts, profile_charts
     except ImportError:
         return ['<p class="state">No charts: matplotlib is not installed.</p>']
     rows, found = document["rows"], []
@@ -89,4 +90,7 @@ def _charts(document: dict) -> list[str]:
             for panel in shown
         ]
         found.append(page.figures(title, drawn))
+    if roof := profile_charts.roofline(document):
+        about = "Forward without dropout: operations a second over operations a byte"
+        found.append(page.figures("Roofline", [(about, charts.svg(roof, "roofline-"))]))
     return found

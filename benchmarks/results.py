@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fusedformer.benchmarks import fit, memory, workers
 from fusedformer.benchmarks.document import Document
+from fusedformer.benchmarks.ops import attention
 
 # What is fitted: key -> (title, factor to the table's unit, floor in that unit, unit)
 QUANTITIES = {
@@ -24,6 +25,12 @@ def value(row: dict, quantity: str) -> "float | None":
         return row[quantity]["median"] * scale if quantity in row else None
     held = row.get("memory", {}).get(quantity)
     return None if held is None else held * scale
+
+
+def forward_work(row: dict) -> tuple[float, float]:
+    """Operations of a row's forward, and the bytes that it needs to move."""
+    case = attention.Case(**{name: row[name] for name in attention.Case.__dataclass_fields__})
+    return attention.flops(case, "fwd"), attention.moved(case, "fwd")
 
 
 def series(rows: list[dict], sweep: str) -> "dict[Series, list[dict]]":

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusedformer.benchmarks import results, workers
-from fusedformer.benchmarks.ops import attention
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,8 @@ def intensity(document: dict) -> list[Table]:
     for row in document["rows"]:
         if row["sweep"] != "seq" or row["dropout_p"] or "forward_ms" not in row:
             continue
-        case = attention.Case(**{name: row[name] for name in attention.Case.__dataclass_fields__})
-        operations = attention.flops(case, "fwd")
-        per_byte = operations / attention.moved(case, "fwd")
+        operations, moved = results.forward_work(row)
+        per_byte = operations / moved
         rate = operations / row["forward_ms"]["median"] / 1e9
         roof = min(peak, per_byte * ceilings["copy_gbps"] / 1e3)
         body.append(

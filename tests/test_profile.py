@@ -229,6 +229,32 @@ def test_chart(whole_run):
     assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_charts_say(monkeypatch, tmp_path):
+    """The fitted exponents, and in the roofline every forward without dropout."""
+    pytest.importorskip("matplotlib")
+    from fusedformer.benchmarks import charts, profile_charts
+
+    rows = [
+        Case(1, 1, n, 64, dropout_p=p).as_dict()
+        | {"sweep": "seq", "impl": "plain", "label": "plain", "status": "ok"}
+        | {"forward_ms": {"median": n * n / 1e3}, "memory": {"training_bytes": 2**20 * n}}
+        for n in (64, 128, 256, 512, 1024)
+        for p in (0.0, 0.1)
+    ]
+    ceilings = {"matmul_tflops": {"fp32": 0.002, "fp16": None}, "copy_gbps": 1.0}
+    document = {"rows": rows, "fits": results.fits(rows), "ceilings": ceilings}
+    figures = []
+    monkeypatch.setattr(charts.Figure, "savefig", lambda self, path, dpi: figures.append(self))
+    profile_charts.png(document, "", tmp_path / "x.png")
+    times, _, memory, _, roof = figures[0].axes
+    for axes, said in ((times, "plain: N^2.00"), (memory, "plain: N^1.00")):
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [said]
+    # 4 N^2 d operations in N^2 microseconds are 256 of them in each.
+    heights = [line.get_ydata()[0] for line in roof.lines if line.get_marker() == "^"]
+    assert heights == pytest.approx([4 * 64 / 1e6] * 5)
+    assert profile_charts.roofline(document | {"ceilings": None}) is None
+
+
 def test_terminal(tmp_path, capsys):
     run(tmp_path, *PLAIN)
     said = capsys.readouterr().out
