@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, ONE_BACKEND
 from torch.utils.checkpoint import checkpoint
 
 from fusedformer import attention, scaled_dot_product_attention, use_backend
@@ -74,9 +74,10 @@ def _op_arguments(**changes):
     return tuple({**arguments, **changes}.values())
 
 
+@pytest.mark.parametrize("backend", ONE_BACKEND)
 @pytest.mark.parametrize("changes", [{}, {"mask": None, "key_lengths": None, "diagonal": None}])
-def test_opcheck(changes):
-    args = _op_arguments(**changes)
+def test_opcheck(changes, backend):
+    args = _op_arguments(**changes, backend=backend)
     torch.library.opcheck(torch.ops.fusedformer.attention_fwd.default, args)
     out, lse = torch.ops.fusedformer.attention_fwd.default(*args)
     grads = (torch.randn_like(out), torch.randn_like(lse), out, lse)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import ONE_BACKEND
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedformer.kernels import linear_cross_entropy as module
@@ -36,7 +37,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ONE_BACKEND)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_never_the_whole_logits(backend, reduction, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", CHUNK)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -240,6 +241,21 @@ def test_bad_input_is_one_sentence(argv, message, folders, capsys, monkeypatch, 
     assert err.count(f"{argv[0]}: ") == 1
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"d_model": 64}, {"layers": 3}, {"max_length": 12}])
+def test_a_checkpoint_of_another_shape(change, folders, tmp_path, capsys):
+    folder = shutil.copytree(folders / "gpt", tmp_path / "gpt")
+    about = json.loads((folder / "config.json").read_text())
+    about["config"] |= change
+    (folder / "config.json").write_text(json.dumps(about))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert cli.main(["generate", str(folder), "a"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fusedformer generate: ")
+    assert "this GPT" in said
+    assert said.count("\n") == 1
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_checkpoint_without_its_tokenizer(folders, tmp_path, capsys):
