@@ -4,6 +4,7 @@ The goals are for one H200. Every goal is one of an entry, so that a result file
 whether it was reached. What matters most comes first: a budget may end before the suite does.
 """
 
+from fusedformer.benchmarks import op_suites
 from fusedformer.benchmarks.entries import (
     BEST,
     COPY,
@@ -39,6 +40,8 @@ def suite(quick: bool, device: str) -> list[Entry]:
         *_small(device),
         *_longest(quick, device, scale),
         *([] if quick else _attention_in_full(device, scale)),
+        *([] if quick else _attention_of_other_kinds(device, scale)),
+        *([] if quick else _other_ops(device, scale)),
     ]
     reduced = quick or device == "cpu"
     return [entry.at(goals=()) if reduced else entry for entry in entries]
@@ -112,6 +115,27 @@ def _attention_in_full(device: str, scale: int) -> list[Entry]:
         _beside_cudnn(full, "bwd", _cuda(RATIO, 0.97, 1.03)),
         *_with_dropout(_case(device, scale, 8192, 128, causal=False), *_D128),
         *_with_dropout(_case(device, scale, 8192, 64, causal=False), *_D64),
+    ]
+
+
+def _attention_of_other_kinds(device: str, scale: int) -> list[Entry]:
+    """Causal, of 4k tokens, forward with backward: other head dimensions and dtypes, grouped heads,
+    sequences of unequal lengths."""
+    base = _case(device, scale, 4096, 128)
+    cases = [_case(device, scale, 4096, dim) for dim in (32, 96, 192, 256)]
+    cases += [base.at(dtype="fp16"), base.at(dtype="fp32")]
+    cases += [base.at(kv_heads=max(1, base.heads // 4)), base.at(padded=True)]
+    impls = (*_OURS, *_TORCH)
+    return [Entry("attention", case, "fwd_bwd", "", impls) for case in cases]
+
+
+def _other_ops(device: str, scale: int) -> list[Entry]:
+    """The other ops on rows, forward with backward; and one small call of each."""
+    wide = rows.Case(2**15 // scale**2, 4096, "bf16", 0.1, device)
+    ops = {"layer_norm": 0.0, "rms_norm": 0.0, "dropout": 0.1, "bias_activation": 0.1}
+    return [
+        *(Entry(op, wide.at(dropout_p=p), "fwd_bwd") for op, p in ops.items()),
+        *(entry for entry in op_suites.overhead_suite(False, device) if entry.op != "attention"),
     ]
 
 

@@ -5,6 +5,7 @@ from bench_pools import row
 
 from fusedformer.benchmarks import bench_tables, goals, gpu_suite, measure, suites
 from fusedformer.benchmarks.ops import attention, common
+from fusedformer.benchmarks.ops.registry import OPS
 
 TINY = attention.Case(1, 2, 16, 8)
 
@@ -85,6 +86,20 @@ def test_the_gpu_suite_has_every_goal():
         ("fused-cuda", "own", 0.70, 0.80, "fwd_bwd"),
     ):
         assert wanted in found
+
+
+def test_the_gpu_suite_meets_every_kind_of_problem():
+    """What has goals comes first; then other dimensions, dtypes, grouped heads, padding, ops."""
+    asked = suites.SUITES["gpu"](False, "cuda")
+    cases = [entry.case for entry in asked if entry.op == "attention"]
+    assert {case.head_dim for case in cases} >= {32, 64, 96, 128, 192, 256}
+    assert {case.dtype for case in cases} == {"bf16", "fp16", "fp32"}
+    assert {case.group > 1 for case in cases} == {case.padded for case in cases} == {False, True}
+    assert {entry.quantity for entry in asked} == {"time", "memory", "workspace", "overhead"}
+    steps = {"gpt_step", "gpt_training", "transformer_step", "gpt_decode"}  # of the step `models`
+    assert {entry.op for entry in asked} == set(OPS) - steps
+    with_goals = [n for n, entry in enumerate(asked) if entry.goals]
+    assert max(with_goals) < min(n for n, e in enumerate(asked) if e.op == "bias_activation")
 
 
 def test_a_forced_backend_of_ours():
