@@ -67,19 +67,23 @@ def _chunks(
         yield part, logits
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total is float32 (float64) and a and b may have fewer bits."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, where total is float32 (float64) and a and b may have fewer bits.
+
+    Args:
+        first: nothing has been added yet, and total holds anything; on a CPU alone.
+    """
+    if a.device.type == "cuda" and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif a.dtype == torch.bfloat16:
         # No such matmul on a CPU. A chunk's product is rounded as a linear layer's gradient is; in
         # float32 it would take four times as long.
-        total += torch.mm(a, b)
+        product = torch.mm(a, b)
+        total.copy_(product) if first else total.add_(product)
     else:
-        # What is rounded to float16 may overflow: widened instead, exactly.
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        # What is rounded to float16 may overflow: widened instead, exactly. With a beta of 0, what
+        # total holds is not read.
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)
 
 
 class _Gradients:
@@ -93,14 +97,19 @@ class _Gradients:
         classes = linear_weight.shape[0]
         self.x, self.linear_weight, self.wanted = x, linear_weight, wanted
         self.input = x.new_empty(x.shape if wanted[0] else 0)
-        self.weight = x.new_zeros(linear_weight.shape if wanted[1] else 0, dtype=dtype)
+        self.weight = x.new_empty(linear_weight.shape if wanted[1] else 0, dtype=dtype)
+        # On a CPU the first chunk's product is written, which saves a pass over all of it.
+        self.empty = x.device.type == "cpu" and x.shape[0] > 0
+        if not self.empty:
+            self.weight.zero_()
         self.bias = x.new_zeros(classes if wanted[2] else 0, dtype=dtype)
 
     def add(self, part: slice, grad_logits: Tensor) -> None:
         if self.wanted[0]:
             torch.mm(grad_logits, self.linear_weight, out=self.input[part])
         if self.wanted[1]:
-            _add_product(self.weight, grad_logits.t(), self.x[part])
+            _add_product(self.weight, grad_logits.t(), self.x[part], self.empty)
+            self.empty = False
         if self.wanted[2]:
             self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
 
@@ -181,11 +190,21 @@ def _bwd_fake(grad_losses, lse, input, linear_weight, *args):
     )
 
 
+_CACHED = 2**17  # elements that _scaled() takes at a time
+
+
 def _scaled(grad, scale, dtype):
     """grad * scale, computed in scale's float32 and rounded once, with nothing in between kept."""
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     # A 0-d scale would be rounded to grad's dtype first.
-    return torch.mul(grad, scale.reshape((1,) * grad.dim()), out=out)
+    scale = scale.reshape((1,) * grad.dim())
+    if grad.device.type != "cpu" or dtype == grad.dtype:
+        return torch.mul(grad, scale, out=out)
+    # A CPU writes all down before it rounds: of little at a time, that stays in its cache.
+    rows = max(1, _CACHED // max(1, grad[:1].numel()))
+    for one, place in zip(grad.split(rows), out.split(rows), strict=True):
+        torch.mul(one, scale, out=place)
+    return out
 
 
 def _scaled_fake(grad, scale, dtype):
