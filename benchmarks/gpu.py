@@ -45,6 +45,8 @@ BUDGET, QUICK_BUDGET = 500.0, 110.0
 STEPS = (
     "environment", "ceilings", "build", "dropout", "tests", "benchmarks", "sanitizer", "models",
 )  # fmt: skip
+# These are run where they are asked for: they need all of the time.
+ON_REQUEST = ("tune",)
 # The part of the budget that a step may take; the benchmarks take what is left but for the
 # sanitizer's part, the models what is left at the end.
 _PARTS = {
@@ -62,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="in two minutes instead of nine")
     said = f"for all steps ({BUDGET:g}; --quick: {QUICK_BUDGET:g})"
     add("--budget", metavar="SECONDS", help=said)
-    add("--steps", metavar="NAME,...", help=f"these alone, of {', '.join(STEPS)}")
+    add("--steps", metavar="NAME,...", help=f"these alone, of {', '.join(STEPS + ON_REQUEST)}")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
 
 
@@ -76,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
     default = QUICK_BUDGET if args.quick else BUDGET
     budget = default if args.budget is None else seconds("--budget", args.budget)
     asked = STEPS if args.steps is None else tuple(args.steps.split(","))
-    if unknown := [name for name in asked if name not in STEPS]:
-        raise ValueError(f"--steps must be of {', '.join(STEPS)}; got {unknown[0]!r}")
+    every = STEPS + ON_REQUEST
+    if unknown := [name for name in asked if name not in every]:
+        raise ValueError(f"--steps must be of {', '.join(every)}; got {unknown[0]!r}")
     out = Path(args.out)
     make_folder(out)
     evidence = Evidence(device, args.quick, budget, out, asked)
@@ -152,7 +155,7 @@ class Evidence:
             if "build" in self._asked:
                 self._start_build()
             with Runner(self.device, limits) as runner:
-                for name in STEPS:
+                for name in STEPS + ON_REQUEST:
                     if name in self._asked:
                         self._step(name, getattr(self, f"_{name}"), runner)
         finally:
@@ -261,6 +264,27 @@ class Evidence:
         reasons = sorted({row["status"] for row in bad})
         return f"{reasons[-1]}: {len(bad)} problems, {', '.join(reasons)}" if bad else ""
 
+    def _tune(self, runner: Runner, part: float) -> str:
+        """Files of their own: a run of these replaces no evidence."""
+        if self.device == "cpu":
+            return "not available: choices are timed on a GPU"
+        end, bad = time.perf_counter() + part, []
+        for name, command in tuners(self.out, part).items():
+            with (self.out / name).with_suffix(".txt").open("w") as output:
+                process = subprocess.Popen(
+                    command, cwd=gpu_tests.ROOT, stdout=output, stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
+                try:
+                    # What one of them leaves of its part is the other's; both save as they go.
+                    if code := process.wait(max(1.0, end - time.perf_counter())):
+                        bad.append(f"{name}: exit code {code}")
+                except subprocess.TimeoutExpired:
+                    bad.append(f"{name}: it was not done when the time was up")
+                finally:
+                    workers.end_group(process)
+        return f"failed: {'; '.join(bad)}" if bad else ""
+
     def _sanitizer(self, runner: Runner, part: float) -> str:
         if self.device == "cpu":
             self._call(runner, gpu_checks.odd_shapes, part)
@@ -274,6 +298,18 @@ class Evidence:
         self._data["sanitizer"] = _sanitize(tool, _SANITIZERS[: 1 if self.quick else None], end)
         bad = [found for found in self._data["sanitizer"] if found["status"] != workers.OK]
         return f"{bad[0]['status']}: {bad[0]['tool']}: {bad[0]['reason']}" if bad else ""
+
+
+def tuners(out: Path, seconds: float) -> dict[str, list[str]]:
+    """By the file that they write: the commands that time the launchers' choices, Triton's, then
+    those of CUDA C++; in so many seconds, of which each is given a part."""
+    triton = ["fusedformer.benchmarks.tune", f"--out={out}", f"--budget={0.6 * seconds:.0f}"]
+    cuda = ["fusedformer.benchmarks.tune_cuda", f"--out={out / 'tune_cuda.json'}"]
+    cuda += [f"--seconds={0.3 * seconds:.0f}"]
+    return {
+        "tune.json": [sys.executable, "-m", *triton],
+        "tune_cuda.json": [sys.executable, "-m", *cuda],
+    }
 
 
 def _sanitize(tool: str, names: tuple[str, ...], end: float) -> list[dict]:

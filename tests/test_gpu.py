@@ -1,7 +1,9 @@
 """fusedformer gpu: the order of its steps, what it records, what a cut leaves; run on the CPU."""
 
+import argparse
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -246,6 +248,42 @@ def test_only_some_steps(evidence, tmp_path):
     assert list(statuses(evidence(asked=("tests", "environment")))) == ["environment", "tests"]
     argv = ["gpu", "--device=cpu", "--steps=sleep", f"--out={tmp_path}"]
     assert cli.main(argv) == cli.USER_ERROR
+
+
+def test_tuning_is_a_step_on_request(evidence, tmp_path, monkeypatch):
+    assert "tune" not in statuses(evidence())
+    assert statuses(evidence(asked=("tune",))) == {"tune": "not available"}
+
+    def tuners(out, seconds):
+        assert seconds == 30
+        codes = {"a.json": 0, "b.json": 3}
+        return {
+            name: [sys.executable, "-c", f"print('said'); raise SystemExit({code})"]
+            for name, code in codes.items()
+        }
+
+    monkeypatch.setattr(gpu, "tuners", tuners)
+    held = gpu.Evidence("cuda", True, 30, tmp_path, ("tune",))
+    assert held._tune(None, 30) == "failed: b.json: exit code 3"
+    assert (tmp_path / "a.txt").read_text() == "said\n"
+
+
+def test_the_tuners_take_their_options(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from fusedformer.benchmarks import tune, tune_cuda
+
+    first, second = gpu.tuners(tmp_path, 100).values()
+    parser = argparse.ArgumentParser()
+    tune.configure(parser)
+    found = parser.parse_args(first[3:])
+    assert (found.out, found.budget, first[2]) == (str(tmp_path), "60", tune.__name__)
+    asked = []
+    monkeypatch.setattr(tune_cuda, "unsupported_gpu", lambda device: None)
+    monkeypatch.setattr(tune_cuda.environment, "describe", lambda device: {})
+    monkeypatch.setattr(tune_cuda, "run", lambda seconds: asked.append(seconds) or ())
+    monkeypatch.setattr("sys.argv", second[2:])
+    assert tune_cuda.main() == 0
+    assert (asked, second[2]) == ([30.0], tune_cuda.__name__)
 
 
 def test_files_for_a_gpu():
