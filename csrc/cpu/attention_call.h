@@ -11,12 +11,11 @@
 #include "new_tensor.h"
 
 namespace fusedformer {
-namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-DType dtype_of(const Tensor& tensor) {
+inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::float32;
     case ScalarType::BFloat16: return DType::bfloat16;
@@ -28,26 +27,26 @@ DType dtype_of(const Tensor& tensor) {
 }
 
 // The kernels take any strides but that of D: such a tensor is copied.
-Tensor readable(const Tensor& tensor) {
+inline Tensor readable(const Tensor& tensor) {
   return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-Tensor4 view(const Tensor& tensor, const void* data) {
+inline Tensor4 view(const Tensor& tensor, const void* data) {
   const int64_t size = bytes_of(dtype_of(tensor));
   const auto strides = tensor.strides();
   return {static_cast<char*>(const_cast<void*>(data)), strides[0] * size, strides[1] * size,
           strides[2] * size};
 }
-Tensor4 input(const Tensor& tensor) { return view(tensor, tensor.const_data_ptr()); }
+inline Tensor4 input(const Tensor& tensor) { return view(tensor, tensor.const_data_ptr()); }
 
 // A fresh (B, H, N, D) tensor in (B, N, H, D) memory order.
-Tensor new_bhnd(const Tensor& like) {
+inline Tensor new_bhnd(const Tensor& like) {
   const auto sizes = like.sizes();
   const int64_t heads = sizes[1], length = sizes[2], dim = sizes[3];
   const int64_t strides[] = {length * heads * dim, dim, heads * dim, 1};
   return empty_strided(4, sizes.data(), strides, like.scalar_type());
 }
-Tensor4 output(const Tensor& tensor) { return view(tensor, tensor.mutable_data_ptr()); }
+inline Tensor4 output(const Tensor& tensor) { return view(tensor, tensor.mutable_data_ptr()); }
 
 // What the forward and the backward are given alike. Holds the copies it makes.
 struct Call {
@@ -97,6 +96,8 @@ struct Call {
     for (int d = 0; d < 4; ++d) p.offsets[d] = offsets[d];
   }
 };
+
+namespace {
 
 // --- Without options -----------------------------------------------------------------------------
 

@@ -1,12 +1,10 @@
 // Attention of one query: its parts as tasks. See attention_decode.h.
 #include "attention_decode.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <atomic>
 #include <vector>
+
+#include "tasks.h"
 
 namespace fusedformer {
 
@@ -19,26 +17,16 @@ void attention_decode(const Attention& p) {
   const auto parts_of = [&](int64_t head) { return parts.data() + head * most * size; };
   const auto count = [&](int64_t b) { return (p.key_end(b, 0) + kPartKeys - 1) / kPartKeys; };
 
-  std::atomic<int64_t> next{0};
-  const auto take = [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < key_heads * most;) {
-      const int64_t head = task / most, part = task % most, b = head / p.key_heads;
-      const int64_t first = part * kPartKeys;
-      const int64_t last = std::min(p.key_end(b, 0), first + kPartKeys);
-      if (first < last)
-        kernels.part(p, b, head % p.key_heads, first, last,
-                     parts_of(head * p.group()) + part * size, most * size);
-    }
-  };
-  // A little is not worth waking another thread.
   constexpr int64_t kWorthAThread = 128 << 10;
   const int64_t bytes = 2 * key_heads * p.n_keys * p.dim * bytes_of(p.dtype);
-  const int64_t workers = std::min({static_cast<int64_t>(torch::stable::get_num_threads()),
-                                    key_heads * most, 1 + bytes / kWorthAThread});
-  if (workers <= 1)
-    take(0, 1);
-  else
-    torch::stable::parallel_for(0, workers, 1, take);
+  run_tasks(key_heads * most, 1 + bytes / kWorthAThread, 0, [&](int64_t task, char*) {
+    const int64_t head = task / most, part = task % most, b = head / p.key_heads;
+    const int64_t first = part * kPartKeys;
+    const int64_t last = std::min(p.key_end(b, 0), first + kPartKeys);
+    if (first < last)
+      kernels.part(p, b, head % p.key_heads, first, last,
+                   parts_of(head * p.group()) + part * size, most * size);
+  });
   for (int64_t head = 0; head < heads; ++head)
     kernels.merge(p, head / p.heads, head % p.heads, parts_of(head), count(head / p.heads));
 }

@@ -4,9 +4,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
-#include <cstdlib>
-#include <new>
 #include <optional>
 #include <thread>
 #include <tuple>
@@ -14,6 +11,8 @@
 
 #include "attention_call.h"
 #include "attention_decode.h"
+#include "tasks.h"
+#include "tensors.h"
 
 namespace fusedformer {
 
@@ -26,54 +25,9 @@ namespace {
 
 // --- Tasks ---------------------------------------------------------------------------------------
 
-// Memory on cache lines.
-class Memory {
- public:
-  explicit Memory(size_t bytes)
-      : data_(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  ~Memory() { std::free(data_); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  char* data() const { return data_; }
+constexpr double WORTH_A_THREAD = 1 << 20;  // in multiply-adds: less is not worth waking one
 
- private:
-  char* data_;
-};
-
-// Each thread's scratch, which it keeps: less than 2 MB.
-char* thread_scratch(size_t bytes) {
-  static thread_local std::optional<Memory> memory;
-  static thread_local size_t size = 0;
-  if (!memory || size < bytes) {
-    memory.emplace(bytes);
-    size = bytes;
-  }
-  return memory->data();
-}
-
-constexpr double WORTH_A_THREAD = 1 << 20;  // in multiply-adds
-
-// run(task, scratch) for every task, which threads take up in order as they get free. `work` is how
-// many multiply-adds all are: a little is not worth waking other threads.
-template <class Run>
-void run_tasks(int64_t tasks, double work, size_t scratch_bytes, Run&& run) {
-  int64_t workers = torch::stable::get_num_threads();
-  if (workers > tasks) workers = tasks;
-  const int64_t worth = 1 + static_cast<int64_t>(work / WORTH_A_THREAD);
-  if (workers > worth) workers = worth;
-  std::atomic<int64_t> next{0};
-  const auto take = [&](int64_t, int64_t) {
-    char* scratch = thread_scratch(scratch_bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      run(task, scratch);
-  };
-  if (workers <= 1)
-    take(0, 1);
-  else
-    torch::stable::parallel_for(0, workers, 1, take);
-}
+int64_t threads_for(double work) { return 1 + static_cast<int64_t>(work / WORTH_A_THREAD); }
 
 // Multiply-adds of one product of all queries with all keys.
 double work(const Attention& p) {
@@ -100,7 +54,8 @@ void run_forward(const Attention& p) {
   const int64_t fair = heads * tiles / (4 * static_cast<int64_t>(torch::stable::get_num_threads()));
   const int64_t at_once = fair < 1 ? 1 : fair < MAX_TILES ? fair : MAX_TILES;
   const int64_t parts = (tiles + at_once - 1) / at_once;
-  run_tasks(heads * parts, 2 * work(p), kernels.scratch_bytes(p), [&](int64_t task, char* scratch) {
+  const int64_t threads = threads_for(2 * work(p));
+  run_tasks(heads * parts, threads, kernels.scratch_bytes(p), [&](int64_t task, char* scratch) {
     // The last queries first: under a causal mask they take longest.
     const int64_t head = task / parts, first = (parts - 1 - task % parts) * at_once;
     const int64_t n = tiles - first < at_once ? tiles - first : at_once;
@@ -175,14 +130,15 @@ void run_wave(const Attention& p, const AttentionGrads& g, const AttentionBackwa
   const int64_t tiles = wave.n_units * p.group() * p.tiles();
   const size_t tile_bytes = kernels.query_tile_bytes(p), scratch = kernels.scratch_bytes(p);
   const double share = work(p) * wave.n_units / (p.batches * p.key_heads);
-  run_tasks(tiles, share, scratch, [&](int64_t task, char* memory) {
+  run_tasks(tiles, threads_for(share), scratch, [&](int64_t task, char* memory) {
     const int64_t head = wave.first_unit * p.group() + task / p.tiles();
     kernels.prepare(p, g, head / p.heads, head % p.heads, task % p.tiles(),
                     wave.tiles + task * tile_bytes, memory);
     wave.done[task] = 0;
   });
   // Every unit's first block first: longest under a causal mask, and least to wait for.
-  run_tasks(wave.n_units * p.blocks(), 5 * share, scratch, [&](int64_t task, char* memory) {
+  const int64_t threads = threads_for(5 * share);
+  run_tasks(wave.n_units * p.blocks(), threads, scratch, [&](int64_t task, char* memory) {
     kernels.key_block(p, g, wave, task % wave.n_units, task / wave.n_units, memory);
   });
 }
@@ -193,7 +149,7 @@ void run_backward(const Attention& p, const AttentionGrads& g) {
   const int64_t units = p.batches * p.key_heads, tiles_of_unit = p.group() * p.tiles();
   const size_t unit_bytes = tiles_of_unit * kernels.query_tile_bytes(p);
   const int64_t in_wave = units_in_wave(unit_bytes, units, 5 * work(p));
-  const Memory tiles(in_wave * unit_bytes);
+  const Scratch<char> tiles(in_wave * unit_bytes);
   std::vector<int> done(in_wave * tiles_of_unit);
   for (int64_t first = 0; first < units; first += in_wave) {
     const int64_t n = units - first < in_wave ? units - first : in_wave;
@@ -203,7 +159,7 @@ void run_backward(const Attention& p, const AttentionGrads& g) {
 
 void run_mask_grad(const Attention& p, const AttentionGrads& g) {
   const auto& kernels = FUSEDFORMER_PICK_DTYPE(attention_backward_kernels, false);
-  run_tasks(mask_grad_tasks(p, g), 2 * work(p), kernels.scratch_bytes(p),
+  run_tasks(mask_grad_tasks(p, g), threads_for(2 * work(p)), kernels.scratch_bytes(p),
             [&](int64_t task, char* scratch) { kernels.mask_grad(p, g, task, scratch); });
 }
 

@@ -1,15 +1,15 @@
 // The entry point torch.ops.fusedformer_native.linear. The conventions are those of ops.cpp.
 #include <algorithm>
-#include <atomic>
 
 #include "linear.h"
+#include "tasks.h"
 #include "tensors.h"
 
 namespace fusedformer {
 namespace {
 
-// Threads take pieces of the weights as they get free: one that another process holds up then holds
-// up little. Of so many bytes where there are enough for all, and never of fewer than this.
+// A task is a piece of the weights: of so many bytes where there are enough for all threads, and
+// never of fewer than this.
 constexpr int64_t kPieceBytes = 512 << 10, kLeastPieceBytes = 128 << 10;
 
 // y (..., N) = x (..., K) W^T + bias, of W (N, K); all of one dtype, K and the rows of x not 0.
@@ -29,16 +29,10 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t fair = std::min((blocks + threads - 1) / threads, kPieceBytes / block_bytes);
   const int64_t piece = std::max<int64_t>({fair, kLeastPieceBytes / block_bytes, 1}) * kLinearBlock;
-  const int64_t pieces = (columns + piece - 1) / piece, workers = std::min(threads, pieces);
-  std::atomic<int64_t> next{0};
-  const auto take = [&](int64_t, int64_t) {
-    for (int64_t n; (n = next.fetch_add(1, std::memory_order_relaxed)) < pieces;)
-      kernels.forward(a, n * piece, std::min(columns, (n + 1) * piece));
-  };
-  if (workers <= 1)
-    take(0, 1);
-  else
-    torch::stable::parallel_for(0, workers, 1, take);
+  const int64_t pieces = (columns + piece - 1) / piece;
+  run_tasks(pieces, pieces, 0, [&](int64_t n, char*) {
+    kernels.forward(a, n * piece, std::min(columns, (n + 1) * piece));
+  });
   return y;
 }
 
