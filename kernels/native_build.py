@@ -36,13 +36,14 @@ LINK_FLAGS = ["-shared"]
 # them together in a vector, one by one. (Its AVX-512 headers, in version 12, warn of themselves.)
 # A product is fused with a sum only where a kernel says so: what must cancel exactly, does.
 KERNEL_FLAGS = [
-    *("-fno-exceptions", "-fno-rtti", "-fno-unswitch-loops", "-ffp-contract=off"),
-    "-fno-tree-slp-vectorize",
+    *("-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables"),
+    *("-fno-unswitch-loops", "-ffp-contract=off", "-fno-tree-slp-vectorize"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
 # Attention's are as fast as with -O3, and compile sooner; norms would lose a tenth. Others: -O3.
 LEVELS = {"row_kernels": "-O3", "attention_kernels": "-O2"}
-# Of all other files, whose code runs once a call.
+# Of all other files, whose code runs once a call: compiled as one, as most of their time goes into
+# reading torch's headers.
 ENTRY_FLAGS = ["-O1"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -111,17 +112,19 @@ def compile_commands(compiler: Compiler, folder: Path) -> dict[Path, list[str]]:
     if len(compiler.isas) > 1:
         common.append("-DFUSEDFORMER_X86")
     commands = {}
-    for source in sources():
-        variants = {"": ENTRY_FLAGS}
-        if source.stem.endswith("_kernels"):
-            shared = [LEVELS.get(source.stem, "-O3"), *KERNEL_FLAGS]
-            variants = {
-                f".{isa}": [*shared, *flags, f"-DFUSEDFORMER_ISA={isa}"]
-                for isa, flags in compiler.isas.items()
-            }
-        for suffix, flags in variants.items():
-            target = folder / f"{source.stem}{suffix}.o"
-            commands[target] = [*common, *flags, "-c", str(source), "-o", str(target)]
+    kernels = [source for source in sources() if source.stem.endswith("_kernels")]
+    for source in kernels:
+        level = LEVELS.get(source.stem, "-O3")
+        for isa, flags in compiler.isas.items():
+            target = folder / f"{source.stem}.{isa}.o"
+            commands[target] = [
+                *(*common, level, *KERNEL_FLAGS, *flags, f"-DFUSEDFORMER_ISA={isa}"),
+                *("-c", str(source), "-o", str(target)),
+            ]
+    first, *others = (source for source in sources() if source not in kernels)
+    before = [part for other in others for part in ("-include", str(other))]
+    target = folder / "entries.o"
+    commands[target] = [*common, *ENTRY_FLAGS, *before, "-c", str(first), "-o", str(target)]
     return commands
 
 

@@ -113,11 +113,13 @@ void part_of(const Attention& p, int64_t b, int64_t key_head, int64_t first, int
 
 void decode_part(const Attention& p, int64_t b, int64_t key_head, int64_t first, int64_t last,
                  float* parts, int64_t pitch) {
-  switch (p.dtype) {
-    case DType::float32: return part_of<float>(p, b, key_head, first, last, parts, pitch);
-    case DType::bfloat16: return part_of<BFloat16>(p, b, key_head, first, last, parts, pitch);
-    default: return part_of<Half>(p, b, key_head, first, last, parts, pitch);
-  }
+  const Type type = p.dtype == DType::float32    ? Type::float32
+                    : p.dtype == DType::bfloat16 ? Type::bfloat16
+                                                 : Type::float16;
+  by_dtype(
+      type, FUSEDFORMER_OTHERS(attention_decode_kernels),
+      [&](auto element) { part_of<decltype(element)>(p, b, key_head, first, last, parts, pitch); },
+      [&](const auto& others) { others.part(p, b, key_head, first, last, parts, pitch); });
 }
 
 template <class T>

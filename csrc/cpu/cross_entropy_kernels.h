@@ -91,19 +91,17 @@ void backward(const CrossEntropy& a, int64_t first, int64_t last) {
 }
 
 void forward_rows(const CrossEntropy& a, int64_t first, int64_t last) {
-  switch (a.logits.type) {
-    case Type::float32: return forward<float>(a, first, last);
-    case Type::float16: return forward<Half>(a, first, last);
-    case Type::bfloat16: return forward<BFloat16>(a, first, last);
-  }
+  by_dtype(
+      a.logits.type, FUSEDFORMER_OTHERS(cross_entropy_kernels),
+      [&](auto element) { forward<decltype(element)>(a, first, last); },
+      [&](const auto& others) { others.forward(a, first, last); });
 }
 
 void backward_rows(const CrossEntropy& a, int64_t first, int64_t last) {
-  switch (a.logits.type) {
-    case Type::float32: return backward<float>(a, first, last);
-    case Type::float16: return backward<Half>(a, first, last);
-    case Type::bfloat16: return backward<BFloat16>(a, first, last);
-  }
+  by_dtype(
+      a.logits.type, FUSEDFORMER_OTHERS(cross_entropy_kernels),
+      [&](auto element) { backward<decltype(element)>(a, first, last); },
+      [&](const auto& others) { others.backward(a, first, last); });
 }
 
 }  // namespace

@@ -86,19 +86,17 @@ void backward_of(const Elementwise& a, const Tile& tile, uint32_t* words, float*
 }
 
 void forward_tile(const Elementwise& a, const Tile& tile, uint32_t* words) {
-  switch (a.x.type) {
-    case Type::float32: return forward_of<float>(a, tile, words);
-    case Type::float16: return forward_of<Half>(a, tile, words);
-    case Type::bfloat16: return forward_of<BFloat16>(a, tile, words);
-  }
+  by_dtype(
+      a.x.type, FUSEDFORMER_OTHERS(elementwise_kernels),
+      [&](auto element) { forward_of<decltype(element)>(a, tile, words); },
+      [&](const auto& others) { others.forward(a, tile, words); });
 }
 
 void backward_tile(const Elementwise& a, const Tile& tile, uint32_t* words, float* sums) {
-  switch (a.x.type) {
-    case Type::float32: return backward_of<float>(a, tile, words, sums);
-    case Type::float16: return backward_of<Half>(a, tile, words, sums);
-    case Type::bfloat16: return backward_of<BFloat16>(a, tile, words, sums);
-  }
+  by_dtype(
+      a.x.type, FUSEDFORMER_OTHERS(elementwise_kernels),
+      [&](auto element) { backward_of<decltype(element)>(a, tile, words, sums); },
+      [&](const auto& others) { others.backward(a, tile, words, sums); });
 }
 
 }  // namespace

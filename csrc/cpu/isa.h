@@ -31,6 +31,13 @@ Isa isa();
 #define FUSEDFORMER_JOIN_(name, isa) name##_##isa
 #define FUSEDFORMER_JOIN(name, isa) FUSEDFORMER_JOIN_(name, isa)
 #define FUSEDFORMER_NAME(name) FUSEDFORMER_JOIN(name, FUSEDFORMER_ISA)
+// In the code of avx512bf16, the table that serves its CPU where that code is no better; in other
+// code, its own.
+#ifdef __AVX512BF16__
+#define FUSEDFORMER_OTHERS(name) name##_avx512
+#else
+#define FUSEDFORMER_OTHERS(name) FUSEDFORMER_NAME(name)
+#endif
 
 // FUSEDFORMER_X86: the library holds all four; else the portable code alone.
 #ifdef FUSEDFORMER_X86

@@ -172,22 +172,22 @@ void backward_of(Type z, const Args&... args) {
 }
 
 void forward_rows(const NormForward& a, int64_t first, int64_t last, float* row, uint32_t* words) {
-  if (a.x.type == Type::float32)
-    forward_of<float>(a.z_type, a, first, last, row, words);
-  else if (a.x.type == Type::float16)
-    forward_of<Half>(a.z_type, a, first, last, row, words);
-  else
-    forward_of<BFloat16>(a.z_type, a, first, last, row, words);
+  by_dtype(
+      a.x.type, FUSEDFORMER_OTHERS(norm_kernels),
+      [&](auto x) { forward_of<decltype(x)>(a.z_type, a, first, last, row, words); },
+      [&](const auto& others) { others.forward(a, first, last, row, words); });
 }
 
 void backward_rows(const NormBackward& a, int64_t first, int64_t last, float* row, uint32_t* words,
                    float* weight_sums, float* bias_sums) {
-  if (a.grad_y.type == Type::float32)
-    backward_of<float>(a.z_type, a, first, last, row, words, weight_sums, bias_sums);
-  else if (a.grad_y.type == Type::float16)
-    backward_of<Half>(a.z_type, a, first, last, row, words, weight_sums, bias_sums);
-  else
-    backward_of<BFloat16>(a.z_type, a, first, last, row, words, weight_sums, bias_sums);
+  by_dtype(
+      a.grad_y.type, FUSEDFORMER_OTHERS(norm_kernels),
+      [&](auto x) {
+        backward_of<decltype(x)>(a.z_type, a, first, last, row, words, weight_sums, bias_sums);
+      },
+      [&](const auto& others) {
+        others.backward(a, first, last, row, words, weight_sums, bias_sums);
+      });
 }
 
 }  // namespace

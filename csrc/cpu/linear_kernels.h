@@ -149,11 +149,10 @@ void columns(const Linear& a, int64_t first, int64_t last) {
 }
 
 void linear_forward(const Linear& a, int64_t first, int64_t last) {
-  switch (a.weight.type) {
-    case Type::float32: return columns<float>(a, first, last);
-    case Type::float16: return columns<Half>(a, first, last);
-    case Type::bfloat16: return columns<BFloat16>(a, first, last);
-  }
+  by_dtype(
+      a.weight.type, FUSEDFORMER_OTHERS(linear_kernels),
+      [&](auto element) { columns<decltype(element)>(a, first, last); },
+      [&](const auto& others) { others.forward(a, first, last); });
 }
 
 }  // namespace

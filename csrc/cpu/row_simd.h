@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "rows.h"
+
 namespace fusedformer {
 namespace {
 
@@ -20,6 +22,21 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+
+// run(T{}), T being the elements of a dtype. In the code of avx512bf16 that is bfloat16 alone: what
+// has none gains nothing by that code, and is handed to avx512's by others(its table).
+template <class Table, class Run, class Others>
+inline __attribute__((always_inline)) void by_dtype(Type type, const Table& avx512, const Run& run,
+                                                    const Others& others) {
+#ifdef __AVX512BF16__
+  if (type != Type::bfloat16) return others(avx512);
+#else
+  (void)avx512, (void)others;
+  if (type == Type::float32) return run(float{});
+  if (type == Type::float16) return run(Half{});
+#endif
+  run(BFloat16{});
+}
 
 // How many lanes of a load or store lie inside the row: all, or the first few.
 struct Whole {};
