@@ -74,13 +74,12 @@ def draw_losses(folder: Path, baselines: "dict[str, float] | None" = None) -> bo
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    label = "training (dropout, label smoothing)"
-    axes.plot(*zip(*training, strict=True), label=label, linewidth=1)
+    axes.plot(*zip(*training, strict=True), label="training", linewidth=1)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out", markersize=3)
     for name, value in (baselines or {}).items():
         axes.axhline(value, linestyle="--", linewidth=1, color="grey")
-        axes.annotate(name, (training[-1][0], value), ha="right", va="bottom", color="grey")
+        axes.annotate(name, (training[0][0], value), va="bottom", color="grey")
     axes.set(xlabel="step", ylabel="cross-entropy (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
