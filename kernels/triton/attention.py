@@ -215,6 +215,14 @@ def _strides(tensor: Tensor) -> Strides:
     )
 
 
+def _section(shared: Tensor, group: int) -> int:
+    """How many heads' tiles are taken longest first, at a time: as many as leave what they share,
+    two tensors like this one, of which ``group`` heads have each head, in most GPUs' L2 cache."""
+    batch, heads, length, dim = shared.shape
+    fit = (32 << 20) // max(1, 2 * length * dim * shared.element_size())
+    return max(1, min(batch * heads, fit)) * group
+
+
 def _options(query, key, diagonal, flag, key_lengths, seed, scale, config):
     """What all kernels but the first of the backward take by name."""
     _, heads, _, dim = query.shape
@@ -278,7 +286,8 @@ def attention_fwd(
         query, key, value, out, lse, mask,
         query if key_lengths is None else key_lengths, query if seed is None else seed,
         *query_strides, *key_strides, *value_strides, *out_strides, *mask_strides,
-        heads, n_queries, key.shape[2], diagonal or 0, _positive_scale(scale, query.dtype),
+        heads, n_queries, key.shape[2], diagonal or 0, _section(key, heads // key.shape[1]),
+        _positive_scale(scale, query.dtype),
         *dropout_arguments(dropout_p), *offsets,
         **_options(query, key, diagonal, flag, key_lengths, seed, scale, config), **_ways(config),
     )  # fmt: skip
@@ -332,6 +341,7 @@ def attention_bwd(
     random = (*dropout_arguments(dropout_p), *offsets)
     inputs = (*query_strides, *key_strides, *value_strides, *grad_out_strides)
     sizes = (heads, n_queries, n_keys, diagonal or 0)
+    group = heads // key.shape[1]
     where = chip(query.device)
     kind = (block_d, query.dtype, seed is not None, flag != _NO_MASK)
 
@@ -343,7 +353,8 @@ def attention_bwd(
         attention_query_grads_kernel,
         (cdiv(n_queries, config.block_m) * batch * heads,),
         query, key, value, grad_out, grad_query, lse, shift, mask, lengths, seed_or_none,
-        *inputs, *grad_query_strides, *mask_strides, *sizes, positive_scale, scale, *random,
+        *inputs, *grad_query_strides, *mask_strides, *sizes, _section(key, group),
+        positive_scale, scale, *random,
         **_options(query, key, diagonal, flag, key_lengths, seed, scale, config),
         DESCRIPTORS=config.descriptors,
     )  # fmt: skip
@@ -353,7 +364,7 @@ def attention_bwd(
         (cdiv(n_keys, config.block_n) * batch * key.shape[1],),
         query, key, value, grad_out, grad_key, grad_value, lse, shift, mask, lengths, seed_or_none,
         *inputs, *grad_key_strides, *grad_value_strides, *mask_strides, *sizes,
-        positive_scale, scale, *random,
+        max(1, _section(query, 1) // group), positive_scale, scale, *random,
         **_options(query, key, diagonal, flag, key_lengths, seed, scale, config), **_ways(config),
     )  # fmt: skip
     if given_mask is None or not mask_grad:

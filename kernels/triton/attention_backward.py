@@ -18,6 +18,7 @@ from fusedformer.kernels.triton.attention_tiles import (
     reader,
     score_grads,
     store_rows,
+    tile_of,
 )
 from fusedformer.kernels.triton.random import attention_keep
 
@@ -94,7 +95,7 @@ def _key_value_grads(
 
 @triton.jit(
     do_not_specialize=[
-        "n_queries", "n_keys", "diagonal",
+        "n_queries", "n_keys", "section", "diagonal",
         "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
     ]
 )  # fmt: skip
@@ -115,6 +116,7 @@ def attention_key_value_grads_kernel(
     stride_dvb: tl.int64, stride_dvh: tl.int64, stride_dvn: tl.int64,
     stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj,
     heads, n_queries, n_keys, diagonal,
+    section,  # see tile_of()
     scale,  # as in the forward
     grad_scale,  # the scale with its sign
     threshold: tl.uint32, inverse_keep_p,
@@ -126,11 +128,12 @@ def attention_key_value_grads_kernel(
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,  # see Config
 ):  # fmt: skip
-    # Under a causal mask the first keys are seen by most queries: longest first as they come.
     tiles = tl.cdiv(n_keys, BLOCK_N)
-    start_j = tl.program_id(0) % tiles * BLOCK_N
-    batch = (tl.program_id(0) // tiles // (heads // GROUP)).to(tl.int64)
-    key_head = (tl.program_id(0) // tiles % (heads // GROUP)).to(tl.int64)
+    # Under a causal mask the first keys are seen by most queries.
+    tile, batch_head = tile_of(tl.program_id(0), tiles, section, CAUSAL, False)
+    start_j = tile * BLOCK_N
+    batch = (batch_head // (heads // GROUP)).to(tl.int64)
+    key_head = (batch_head % (heads // GROUP)).to(tl.int64)
     length = key_length(key_lengths, batch, n_keys, HAS_LENGTHS)
 
     # Tiles of queries: [0, first) see none of these keys, [full, whole) see them all; on the
@@ -232,7 +235,7 @@ def _query_grads(
 
 @triton.jit(
     do_not_specialize=[
-        "n_queries", "n_keys", "diagonal",
+        "n_queries", "n_keys", "section", "diagonal",
         "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
     ]
 )  # fmt: skip
@@ -251,6 +254,7 @@ def attention_query_grads_kernel(
     stride_dqb: tl.int64, stride_dqh: tl.int64, stride_dqn: tl.int64,
     stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj,
     heads, n_queries, n_keys, diagonal,
+    section,  # see tile_of()
     scale,  # as in the forward
     grad_scale,  # the scale with its sign
     threshold: tl.uint32, inverse_keep_p,
@@ -263,10 +267,7 @@ def attention_query_grads_kernel(
     DESCRIPTORS: tl.constexpr,  # see Config
 ):  # fmt: skip
     tiles = tl.cdiv(n_queries, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    batch_head = tl.program_id(0) // tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # longest first, as in the forward
+    tile, batch_head = tile_of(tl.program_id(0), tiles, section, CAUSAL, True)
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     start_i = tile * BLOCK_M

@@ -18,6 +18,7 @@ from fusedformer.kernels.triton.attention_tiles import (
     read_rows,
     reader,
     store_rows,
+    tile_of,
 )
 from fusedformer.kernels.triton.random import attention_keep
 
@@ -67,7 +68,7 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
-        "n_queries", "n_keys", "diagonal",
+        "n_queries", "n_keys", "section", "diagonal",
         "threshold", "batch_offset", "head_offset", "query_offset", "key_offset", "heads",
     ]
 )  # fmt: skip
@@ -86,6 +87,7 @@ def attention_fwd_kernel(
     stride_ob: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
     stride_mb: tl.int64, stride_mh: tl.int64, stride_mi: tl.int64, stride_mj,
     heads, n_queries, n_keys, diagonal,
+    section,  # see tile_of()
     scale,  # |scale|, positive; times log2(e) unless EXACT
     threshold: tl.uint32,  # of dropout
     inverse_keep_p,  # 1 / (1 - p)
@@ -100,10 +102,7 @@ def attention_fwd_kernel(
     DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,  # see Config
 ):  # fmt: skip
     tiles = tl.cdiv(n_queries, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    batch_head = tl.program_id(0) // tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # longest first: the last programs to start are then short
+    tile, batch_head = tile_of(tl.program_id(0), tiles, section, CAUSAL, True)
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     start_i = tile * BLOCK_M

@@ -25,6 +25,33 @@ def _aligned(stride):
 
 
 @triton.jit
+def tile_of(
+    program,
+    tiles,  # of a head
+    section,  # heads whose keys and values, or what else their tiles share, fit in the L2 cache
+    CAUSAL: tl.constexpr,
+    LAST_FIRST: tl.constexpr,  # under a causal mask the last tile of a head is its longest
+):
+    """Which tile of which head, counted over all batches, a program has.
+
+    Head after head; under a causal mask the longest tiles of a section's heads, then the next ones:
+    whatever starts late is short, and fills the gaps.
+    """
+    if CAUSAL:
+        first = program // (section * tiles) * section
+        within = program % (section * tiles)
+        heads = tl.minimum(section, tl.num_programs(0) // tiles - first)
+        tile = within // heads
+        batch_head = first + within % heads
+        if LAST_FIRST:
+            tile = tiles - 1 - tile
+    else:
+        tile = program % tiles
+        batch_head = program // tiles
+    return tile, batch_head
+
+
+@triton.jit
 def matrix(
     base,
     batch,  # int64
