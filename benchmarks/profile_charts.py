@@ -124,7 +124,7 @@ def _draw_limit(axes: Axes, ink: str, panel: Panel, document: dict) -> None:
 
 def png(document: dict, heading: str, path: Path) -> None:
     """All panels on one white sheet."""
-    drawn = [
+    drawn: list[tuple[charts.Draw, charts.Size]] = [
         (functools.partial(draw, panel=panel, document=document), charts.SIZE)
         for panel in panels(document["rows"])
     ]
