@@ -50,7 +50,7 @@ ON_REQUEST = ("tune",)
 # The part of the budget that a step may take; the benchmarks take what is left but for the
 # sanitizer's part, the models what is left at the end.
 _PARTS = {
-    "environment": 0.1, "ceilings": 0.06, "build": 0.2, "dropout": 0.08, "tests": 0.3,
+    "environment": 0.1, "ceilings": 0.1, "build": 0.2, "dropout": 0.08, "tests": 0.3,
     "sanitizer": 0.1,
 }  # fmt: skip
 _SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")

@@ -296,8 +296,9 @@ def test_files_for_a_gpu():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_whole_run_on_a_cpu(tmp_path):
     argv = ["gpu", "--quick", "--device=cpu", "--budget=150", f"--out={tmp_path}"]
-    assert cli.main(argv) == 0
+    code = cli.main(argv)
     data = json.loads((tmp_path / "gpu.json").read_text())
+    assert code == 0, data["steps"]
     assert data["state"] == "complete"
     found = statuses(data)
     assert list(found) == list(gpu.STEPS)
