@@ -98,8 +98,8 @@ def checked(op: str, backend: "str | None") -> str:
     return backend
 
 
-def unobserved(args: tuple, classes: frozenset[type] = _PLAIN) -> bool:
-    """Whether calling an op with these arguments is no more than computing it, on a CPU or GPU.
+def unobserved(args: tuple, classes: frozenset[type] = _PLAIN, gpu: bool = True) -> bool:
+    """Whether calling an op with these arguments is no more than computing it, on a CPU or ``gpu``.
 
     Not so where something else would see the call, and perhaps take it over: compilers, transforms,
     modes, profilers, tensors of other classes. On a GPU a kernel reads memory as it lies, so there
@@ -109,7 +109,7 @@ def unobserved(args: tuple, classes: frozenset[type] = _PLAIN) -> bool:
     return (
         not torch.compiler.is_compiling()
         and classes.issuperset(map(type, args))
-        and (args[0].is_cpu or (args[0].is_cuda and not _any_lazy(args)))
+        and (args[0].is_cpu or (gpu and args[0].is_cuda and not _any_lazy(args)))
         and not has_torch_function_unary(args[0])  # modes: no class here has one
         and not _dispatch_modes()
         and not transforms_active()
@@ -132,20 +132,26 @@ def unobserved_backward(args: tuple) -> bool:
     )
 
 
-def straight_to_cpu(op: str, tensors: "tuple[Any, ...]") -> "ModuleType | None":
-    """The CPU backend, where an eager call is no more than its kernel (and a backward); else None.
+def alone_on_cpu(tensors: "tuple[Any, ...]") -> bool:
+    """Whether an eager call with these arguments is no more than a kernel of the CPU backend.
 
-    It is so where the automatic choice would be that backend, nothing looks on, and ``tensors`` are
-    what they are called: nobody need have checked them. The first call of an op never is, for its
-    choice of a backend is what loads the module.
+    It is so where the choice is that backend, nothing looks on, and ``tensors`` are what they are
+    called: nobody need have checked them.
     """
-    if not unobserved(tensors, _TENSORS) or not tensors[0].is_cpu:
-        return None
-    if _default or PREFERENCE["cpu"][0] != "cpu" or forward_ad._current_level >= 0:
-        return None
-    if torch.is_autocast_enabled("cpu"):
-        return None
-    return _modules.get(("cpu", op))
+    return (
+        unobserved(tensors, _TENSORS, False)
+        and (_default or PREFERENCE["cpu"][0]) == "cpu"
+        and forward_ad._current_level < 0  # tangents: no_grad() leaves them on
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def straight_to_cpu(op: str, tensors: "tuple[Any, ...]") -> "ModuleType | None":
+    """The CPU backend, where a call is alone_on_cpu(), forward and backward; else None.
+
+    The first call of an op never is, for its choice of a backend is what loads the module.
+    """
+    return _modules.get(("cpu", op)) if alone_on_cpu(tensors) else None
 
 
 def define(

@@ -9,7 +9,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fusedformer.kernels import dispatch
 
@@ -32,12 +31,8 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: "Tensor | None") -> "Ten
         bias: (N,).
     """
     if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or not dispatch.unobserved((x, weight, bias))
-        or torch.is_autocast_enabled("cpu")
-        or forward_ad._current_level >= 0  # tangents: no_grad() leaves them on
-        or dispatch.checked("linear", None) not in (dispatch.AUTOMATIC, "cpu")
+        torch.is_grad_enabled()
+        or not dispatch.alone_on_cpu((x, weight) if bias is None else (x, weight, bias))
         or not _fit(x, weight, bias)
     ):
         return None

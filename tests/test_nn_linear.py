@@ -92,6 +92,14 @@ def test_no_rows_and_errors_are_torchs():
 
 
 @torch.no_grad()
+def test_what_is_no_tensor_raises_torchs_error():
+    x, weight = torch.randn(1, 400), torch.randn(300, 400)
+    for args, named in (((None, weight), "input"), ((x, None), "weight"), ((x, weight, 1), "bias")):
+        with pytest.raises(TypeError, match=f"argument '{named}' .* must be Tensor"):
+            linear(*args)
+
+
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
 def test_tensors_that_are_not_dense_are_torchs():
     x, weight = torch.randn(2, 400), torch.randn(300, 400)
