@@ -28,9 +28,9 @@ def check_strided(op: str, name: str, tensor: object) -> None:
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
     """Raises TypeError unless it is a tensor of one of DTYPES.
 
-    That a plain one has strides is asked when its call has failed: dispatch.register().
+    That a plain one is not sparse is asked when its call has failed: dispatch.register().
     """
-    if type(tensor) not in PLAIN_TENSORS:
+    if type(tensor) not in PLAIN_TENSORS or tensor.is_nested:
         check_strided(op, name, tensor)
     if tensor.dtype not in DTYPES:
         raise TypeError(
@@ -43,11 +43,13 @@ def alike(first: Tensor, *others: Tensor) -> bool:
 
     False says no more than that each has to be looked at, by check_floating() and check_tensor().
     """
-    if type(first) not in PLAIN_TENSORS or first.dtype not in DTYPES:
+    if type(first) not in PLAIN_TENSORS or first.dtype not in DTYPES or first.is_nested:
         return False
     dtype, device = first.dtype, first.device
     for other in others:
         if type(other) not in PLAIN_TENSORS or other.dtype != dtype or other.device != device:
+            return False
+        if other.is_nested:
             return False
     return True
 
@@ -61,7 +63,7 @@ def check_tensor(
         TypeError: not a tensor, or another dtype.
         ValueError: another device.
     """
-    if type(tensor) not in PLAIN_TENSORS:
+    if type(tensor) not in PLAIN_TENSORS or tensor.is_nested:
         check_strided(op, name, tensor)
     if same_dtype and tensor.dtype != like.dtype:
         raise TypeError(

@@ -12,6 +12,7 @@ from fusedformer.kernels import dispatch
 from fusedformer.kernels.checks import (
     autocast_is_on,
     check_floating,
+    check_strided,
     check_tensor,
     is_integer,
     is_number,
@@ -181,8 +182,8 @@ def _classes_last(input: Tensor, target: Tensor) -> Tensor:
     name = "cross_entropy"
     if input.dim() == 0:
         raise ValueError(f"{name}: input must have a dimension of classes; got a 0-d tensor")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{name}: target must be a tensor; got {type(target).__name__}")
+    if not isinstance(target, Tensor) or target.is_nested:
+        check_strided(name, "target", target)
     last = target.shape == input.shape[:-1]
     if input.dim() <= 2:
         if not last:

@@ -42,7 +42,8 @@ def scaled_dot_product_attention(
         raise ValueError(f"{name}: attn_mask must be None when is_causal is set")
     if (
         attn_mask is None and backend is None and not torch.compiler.is_compiling()
-        and type(query) is type(key) is Tensor and query.shape == key.shape
+        and type(query) is type(key) is Tensor and not query.is_nested
+        and query.shape == key.shape
     ):  # fmt: skip
         # As many keys as queries, and of heads: all rules are attention()'s, the causal one, too.
         out = attention_plain(query, key, value, is_causal, scale, dropout_p)

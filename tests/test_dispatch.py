@@ -101,3 +101,16 @@ def test_nested_tensors_raise():
     for name, op in (("rms_norm", fusedformer.rms_norm), ("dropout", fusedformer.dropout)):
         with pytest.raises(TypeError, match=f"^{name}: x must be a dense tensor, .* a nested"):
             op(nested)
+
+
+# Of the class Tensor and with the layout strided, but without a shape.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", CALLS)
+def test_nested_tensors_of_the_older_layout_raise(name):
+    argument = name.partition(": ")[2]
+    with pytest.raises(TypeError, match=f": {argument} must be a dense tensor, .* a nested"):
+        CALLS[name](lambda x: torch.nested.nested_tensor([x, x]))
+    nested = torch.nested.nested_tensor([HEADS[0], HEADS[0]])
+    for op in (fusedformer.attention, fusedformer.scaled_dot_product_attention):
+        with pytest.raises(TypeError, match=f"^{op.__name__}: query must be a dense tensor"):
+            op(nested, nested, nested)
