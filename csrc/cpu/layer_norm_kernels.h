@@ -171,7 +171,16 @@ void backward_of(Type z, const Args&... args) {
     backward<X, BFloat16>(args...);
 }
 
+// A float32 x beside a bfloat16 residual is the one other case that bfloat16 instructions serve.
+#ifdef __AVX512BF16__
+constexpr bool kBfloat16Residual = true;
+#else
+constexpr bool kBfloat16Residual = false;
+#endif
+
 void forward_rows(const NormForward& a, int64_t first, int64_t last, float* row, uint32_t* words) {
+  if (kBfloat16Residual && a.x.type == Type::float32 && a.z_type == Type::bfloat16)
+    return forward<float, BFloat16>(a, first, last, row, words);
   by_dtype(
       a.x.type, FUSEDFORMER_OTHERS(norm_kernels),
       [&](auto x) { forward_of<decltype(x)>(a.z_type, a, first, last, row, words); },
@@ -180,6 +189,8 @@ void forward_rows(const NormForward& a, int64_t first, int64_t last, float* row,
 
 void backward_rows(const NormBackward& a, int64_t first, int64_t last, float* row, uint32_t* words,
                    float* weight_sums, float* bias_sums) {
+  if (kBfloat16Residual && a.grad_y.type == Type::float32 && a.z_type == Type::bfloat16)
+    return backward<float, BFloat16>(a, first, last, row, words, weight_sums, bias_sums);
   by_dtype(
       a.grad_y.type, FUSEDFORMER_OTHERS(norm_kernels),
       [&](auto x) {
