@@ -109,7 +109,7 @@ _ATTENTION = {
 
 
 def _attention_calls(
-    dim: int, causal: bool, p: float, backward: bool, device: str
+    dim: int, causal: bool, p: float, masked: bool, backward: bool, device: str
 ) -> Callable[[], tuple]:
     from fusedformer.kernels.triton import attention as backend
 
@@ -119,7 +119,9 @@ def _attention_calls(
         _random(device, size[0], _SEQ, size[1], dim).transpose(1, 2) for _ in range(4)
     )
     seed = _seed(device) if p else None
-    args = (query, key, value, None, None, seed, 0 if causal else None, dim**-0.5, p, [0, 0, 0, 0])
+    mask = _random(device, size[0], 1, _SEQ, _SEQ) > 0 if masked else None
+    diagonal = 0 if causal else None
+    args = (query, key, value, mask, None, seed, diagonal, dim**-0.5, p, [0, 0, 0, 0])
     if not backward:
         return lambda: backend.attention_fwd(*args)
     out, lse = backend.attention_fwd(*args)
@@ -150,13 +152,16 @@ def _attention_candidates(part: str, dim: int) -> Iterator[Any]:
             yield Config(m, n, 4, stages, True, True)
 
 
-def _attention(part: str, dim: int, causal: bool, p: float) -> Branch:
+def _attention(part: str, dim: int, causal: bool, p: float, masked: bool = False) -> Branch:
     chooser, kernel, products = _ATTENTION[part]
     visited = _TOKENS * _SEQ * (_FEATURES // dim // 2 * 2) / (2 if causal else 1)
+    kind = "masked" if masked else "causal" if causal else "full"
+    candidates = _attention_candidates(part, dim)
     return Branch(
-        f"attention {part}, d = {dim}, {'causal' if causal else 'full'}, p = {p:g}",
-        "attention", chooser, (kernel,), tuple(_attention_candidates(part, dim)),
-        lambda device: _attention_calls(dim, causal, p, part != "forward", device),
+        f"attention {part}, d = {dim}, {kind}, p = {p:g}", "attention", chooser, (kernel,),
+        # Warps are specialized without a mask alone.
+        tuple(held for held in candidates if not (masked and held.specialized)),
+        lambda device: _attention_calls(dim, causal, p, masked, part != "forward", device),
         2.0 * products * visited * dim,
         () if part == "forward" else ("attention_shift_kernel",),
     )  # fmt: skip
@@ -258,4 +263,6 @@ def branches() -> list[Branch]:
         (96, True, 0.0), (256, True, 0.0), (192, True, 0.0), (32, True, 0.0),
     ):  # fmt: skip
         found += [_attention(part, dim, causal, p) for part in _ATTENTION]
+    for dim in (64, 128):
+        found += [_attention(part, dim, False, 0.1, masked=True) for part in _ATTENTION]
     return found
