@@ -1,13 +1,17 @@
-"""Linear layers, which in decoding have but a few rows: one token of each sequence."""
+"""Linear layers: in decoding of few rows, one token of each sequence; in training of many."""
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fusedformer.kernels.linear import linear_of_few_rows
+from fusedformer.kernels.linear_training import linear_in_training
 
 
 def linear(x: Tensor, weight: Tensor, bias: "Tensor | None" = None) -> Tensor:
-    """``torch.nn.functional.linear``; few rows, on a CPU and without gradients, by our own kernel.
+    """``torch.nn.functional.linear``, on a CPU in faster ways.
+
+    Few rows without gradients go through a kernel of our own, float32 in training through oneDNN
+    where torch's choice is slower.
 
     Args:
         x: (..., K).
@@ -17,8 +21,11 @@ def linear(x: Tensor, weight: Tensor, bias: "Tensor | None" = None) -> Tensor:
     Returns:
         (..., N).
     """
-    y = linear_of_few_rows(x, weight, bias)
-    return functional.linear(x, weight, bias) if y is None else y
+    for faster in (linear_of_few_rows, linear_in_training):
+        y = faster(x, weight, bias)
+        if y is not None:
+            return y
+    return functional.linear(x, weight, bias)
 
 
 def linear_layer(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Linear layers in training, through oneDNN: numbers, derivatives, and where torch computes."""
+
+import pytest
+import torch
+from bounds import assert_within_bound
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusedformer.kernels import dispatch, linear_training
+from fusedformer.kernels.linear_training import linear_in_training
+from fusedformer.nn.linear import linear
+
+pytestmark = pytest.mark.skipif(
+    not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+    or torch.cuda.is_available(),
+    reason="this torch has no oneDNN",
+)
+
+
+@pytest.fixture(autouse=True)
+def pays(monkeypatch):
+    """On every processor."""
+    monkeypatch.setattr(linear_training, "_pays", lambda: True)
+
+
+def leaves(*shapes):
+    torch.manual_seed(0)
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def plain(tensors, upstream, dtype):
+    copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    y = functional.linear(*copies)
+    return y.detach(), *torch.autograd.grad(y, copies, upstream.to(dtype))
+
+
+LAYOUTS = {
+    "rows": lambda: torch.randn(130, 300),
+    "batches": lambda: torch.randn(2, 70, 300),
+    "transposed": lambda: torch.randn(2, 300, 70).transpose(1, 2),
+    "cut": lambda: torch.randn(2, 70, 303)[..., :300],
+    "expanded": lambda: torch.randn(1, 70, 300).expand(2, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("upstream", ["dense", "expanded"])
+def test_numbers(layout, biased, upstream):
+    torch.manual_seed(0)
+    x = LAYOUTS[layout]().requires_grad_()
+    tensors = [x, *leaves((257, 300), (257,))[: 2 if biased else 1]]
+    grad = torch.randn(()).expand(*x.shape[:-1], 257)
+    if upstream == "dense":
+        grad = torch.randn(grad.shape)
+    y = linear_in_training(*tensors, *([] if biased else [None]))
+    assert y.is_contiguous()
+    found = (y, *torch.autograd.grad(y, tensors, grad))
+    eager, truth = (plain(tensors, grad, dtype) for dtype in (torch.float32, torch.float64))
+    names = ("y", "x", "weight", "bias")[: len(found)]
+    for name, one, other, true in zip(names, found, eager, truth, strict=True):
+        assert_within_bound(name, one, other, true)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_only_what_is_wanted(which):
+    tensors = leaves((70, 300), (257, 300), (257,))
+    for index, tensor in enumerate(tensors):
+        tensor.requires_grad_(index == which)
+    y = linear(*tensors)
+    y.sum().backward()
+    assert [t.grad is not None for t in tensors] == [index == which for index in range(3)]
+
+
+def test_second_derivatives():
+    tensors = leaves((70, 300), (257, 300), (257,))
+    found = []
+    for function in (linear, functional.linear):
+        grads = torch.autograd.grad(
+            function(*tensors).pow(3).sum(), tensors, create_graph=True
+        )
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), tensors[:2]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2 * float(other.abs().max()))
+
+
+def taken(x, weight, bias=None):
+    return linear_in_training(x, weight, bias) is not None
+
+
+def test_where_it_is_taken(monkeypatch):
+    x, weight, bias = leaves((70, 300), (257, 300), (257,))
+    assert taken(x, weight, bias)
+    assert taken(x.detach(), weight)
+    assert taken(torch.nn.Parameter(x.detach()), torch.nn.Parameter(weight.detach()))
+    assert not taken(x.detach(), weight.detach(), bias)
+    assert not taken(x[:63], weight)
+    assert not taken(x, weight[:200])
+    assert not taken(x, leaves((300, 257))[0].t())
+    assert not taken(x.double(), weight.double())
+    assert not taken(x.bfloat16(), weight.bfloat16())
+    assert not taken(x, weight, bias[:5])
+    for context in (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        dispatch.use_backend("reference"),
+        FlopCounterMode(display=False),
+        torch.backends.mkldnn.flags(enabled=False),
+        torch.autograd.forward_ad.dual_level(),
+    ):
+        with context:
+            assert not taken(x, weight, bias)
+    with dispatch.use_backend("cpu"):
+        assert taken(x, weight, bias)
+    monkeypatch.setattr(linear_training, "_pays", lambda: False)
+    assert not taken(x, weight, bias)
+
+
+def test_functional_transforms_and_compilers_do_not_see_it():
+    x, weight = leaves((70, 300), (257, 300))
+
+    def loss(weight):
+        return linear(x, weight).square().sum()
+
+    expected = torch.autograd.grad(functional.linear(x, weight).square().sum(), weight)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(weight), weight)[0], expected)
+
+
+def test_errors_are_torch_s():
+    x, weight, bias = leaves((70, 300), (257, 300), (5,))
+    with pytest.raises(RuntimeError, match="size"):
+        linear(x, weight, bias)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x[:, :30], weight)
