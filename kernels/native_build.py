@@ -87,7 +87,7 @@ def find_compiler() -> Compiler:
 
 
 def sources() -> list[Path]:
-    """In an order in which they compile soonest: those that take longest first."""
+    """The kernels that take longest to compile come first."""
     return sorted((SOURCES / "cpu").glob("*.cpp"), reverse=True)
 
 
@@ -109,26 +109,24 @@ def find() -> Path:
 
 
 def compile_commands(compiler: Compiler, folder: Path) -> dict[Path, list[str]]:
-    """For each object file in ``folder``, the command that makes it."""
+    """For each object file in ``folder``, the command that makes it; what takes longest first."""
     include = Path(torch.__file__).parent / "include"
     common = [compiler.path, *FLAGS, "-I", str(SOURCES), "-isystem", str(include)]
     if len(compiler.isas) > 1:
         common.append("-DFUSEDFORMER_X86")
-    commands = {}
     kernels = [source for source in sources() if source.stem.endswith("_kernels")]
-    for source in kernels:
-        for isa, flags in compiler.isas.items():
-            target = folder / f"{source.stem}.{isa}.o"
-            levels = PORTABLE_LEVELS if isa == "portable" and len(compiler.isas) > 1 else LEVELS
-            level = levels.get(source.stem, "-O3")
-            commands[target] = [
-                *(*common, level, *KERNEL_FLAGS, *flags, f"-DFUSEDFORMER_ISA={isa}"),
-                *("-c", str(source), "-o", str(target)),
-            ]
     first, *others = (source for source in sources() if source not in kernels)
     before = [part for other in others for part in ("-include", str(other))]
     target = folder / "entries.o"
-    commands[target] = [*common, *ENTRY_FLAGS, *before, "-c", str(first), "-o", str(target)]
+    commands = {target: [*common, *ENTRY_FLAGS, *before, "-c", str(first), "-o", str(target)]}
+    for source in kernels:
+        for isa, flags in reversed(compiler.isas.items()):
+            target = folder / f"{source.stem}.{isa}.o"
+            levels = PORTABLE_LEVELS if isa == "portable" and len(compiler.isas) > 1 else LEVELS
+            commands[target] = [
+                *(*common, levels.get(source.stem, "-O3"), *KERNEL_FLAGS, *flags),
+                *(f"-DFUSEDFORMER_ISA={isa}", "-c", str(source), "-o", str(target)),
+            ]
     return commands
 
 
