@@ -1,7 +1,7 @@
 // Which instruction set the kernels of this process use, chosen at run time.
 //
 // A file csrc/cpu/*_kernels.cpp is compiled once for each instruction set below, with that set's
-// compiler flags and FUSEDFORMER_ISA defined as its name; all other files once, for the baseline, one
+// compiler flags and FUSEDFORMER_ISA defined as its name; all others once, for the baseline, one
 // after the other as one file: no two have the same name for different things.
 // A kernels file, with all the headers of kernels that it includes,
 //
