@@ -40,8 +40,11 @@ def on_device() -> Iterator[None]:
 
 
 def _perturb_malloc(byte: int) -> None:
-    """glibc's malloc fills what it gives with the complement of byte, what is freed with byte."""
-    if platform.libc_ver()[0] == "glibc":
+    """glibc's malloc fills what it gives with the complement of byte, what is freed with byte.
+
+    Not where the address sanitizer's malloc has taken its place, which fills what it gives itself.
+    """
+    if platform.libc_ver()[0] == "glibc" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         perturb = -6  # M_PERTURB of malloc.h
         assert ctypes.CDLL(None).mallopt(perturb, byte)
 
