@@ -30,6 +30,7 @@ from fusedformer.kernels.cross_entropy import (
     statistics_dtype,
 )
 from fusedformer.kernels.function import Function, once_differentiable, run
+from fusedformer.kernels.linear_training import faster, product
 
 # --- Chunks ---------------------------------------------------------------------------------------
 
@@ -56,9 +57,13 @@ def _chunks(
     length = chunk_tokens(tokens, classes, x.element_size())
     # Rows start on 128 bytes whatever the number of classes, for matmul and kernels alike.
     pitch = -(-classes // 64) * 64
-    buffer = x.new_empty(length, pitch)
+    by_product = faster(x[:length], linear_weight)
+    buffer = x.new_empty(0 if by_product else length, pitch)
     for start in range(0, tokens, length):
         part = slice(start, min(start + length, tokens))
+        if by_product:
+            yield part, product(x[part], linear_weight, linear_bias)
+            continue
         logits = buffer[: part.stop - start, :classes]
         if linear_bias is None:
             torch.mm(x[part], linear_weight.t(), out=logits)
@@ -105,7 +110,9 @@ class _Gradients:
         self.bias = x.new_zeros(classes if wanted[2] else 0, dtype=dtype)
 
     def add(self, part: slice, grad_logits: Tensor) -> None:
-        if self.wanted[0]:
+        if self.wanted[0] and faster(grad_logits, self.linear_weight):
+            self.input[part] = product(grad_logits, self.linear_weight.t())
+        elif self.wanted[0]:
             torch.mm(grad_logits, self.linear_weight, out=self.input[part])
         if self.wanted[1]:
             _add_product(self.weight, grad_logits.t(), self.x[part], self.empty)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from bounds import assert_within_bound
+from layouts import matrix
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusedformer.kernels import dispatch, linear_training
-from fusedformer.kernels.linear_training import linear_in_training
+from fusedformer.kernels import dispatch, linear_cross_entropy, linear_training
+from fusedformer.kernels.linear_training import linear_in_training, product
 from fusedformer.nn.linear import linear
 
 pytestmark = pytest.mark.skipif(
@@ -102,14 +103,15 @@ def test_where_it_is_taken(monkeypatch):
     assert not taken(x.double(), weight.double())
     assert not taken(x.bfloat16(), weight.bfloat16())
     assert not taken(x, weight, bias[:5])
-    for context in (
+    contexts = (
         torch.no_grad(),
         torch.autocast("cpu", torch.bfloat16),
         dispatch.use_backend("reference"),
         FlopCounterMode(display=False),
         torch.backends.mkldnn.flags(enabled=False),
         torch.autograd.forward_ad.dual_level(),
-    ):
+    )
+    for context in contexts:
         with context:
             assert not taken(x, weight, bias)
     with dispatch.use_backend("cpu"):
@@ -136,3 +138,38 @@ def test_errors_are_torch_s():
         linear(x, weight, bias)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(x[:, :30], weight)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every other", "expanded"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_cross_entropy(layout, reduction, biased, monkeypatch):
+    """In two chunks, the second shorter."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_TOKENS", 65)
+    calls = []
+    monkeypatch.setattr(
+        linear_cross_entropy, "product", lambda *args: calls.append(args) or product(*args)
+    )
+    torch.manual_seed(0)
+    x = matrix(layout, 129, 300).requires_grad_()
+    weight = matrix("transposed" if layout == "transposed" else "contiguous", 257, 300) / 300**0.5
+    tensors = [x, weight.requires_grad_(), *leaves((257,))[: int(biased)]]
+    target = torch.randint(257, (129,))
+    grad = torch.rand(129 if reduction == "none" else ())
+
+    def run(function, tensors):
+        loss = function(*tensors)
+        return loss.detach(), *torch.autograd.grad(loss, tensors, grad.to(loss.dtype))
+
+    def eager(*tensors):
+        return functional.cross_entropy(functional.linear(*tensors), target, reduction=reduction)
+
+    def ours(x, weight, bias=None):
+        return linear_cross_entropy.linear_cross_entropy(
+            x, weight, target, linear_bias=bias, reduction=reduction
+        )
+
+    truth = run(eager, [t.detach().double().requires_grad_() for t in tensors])
+    for one, other, true in zip(run(ours, tensors), run(eager, tensors), truth, strict=True):
+        assert_within_bound("loss or gradient", one, other, true)
+    assert len(calls) == (4 if reduction == "mean" else 6)

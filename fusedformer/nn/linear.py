@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer.kernels.linear import linear_of_few_rows
 from fusedformer.kernels.linear_training import linear_in_training
@@ -34,6 +35,7 @@ def linear_layer(layer: nn.Linear, x: Tensor) -> Tensor:
         type(layer).forward is not nn.Linear.forward
         or layer._forward_hooks
         or layer._forward_pre_hooks
+        or _has_any_global_hook()
     ):
         return layer(x)
     return linear(x, layer.weight, layer.bias)

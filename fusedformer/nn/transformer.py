@@ -11,6 +11,7 @@ from torch.nn import functional
 from fusedformer.kernels.activation import bias_activation
 from fusedformer.nn.attention import MultiheadAttention
 from fusedformer.nn.layers import Dropout, DropoutAddLayerNorm, LayerNorm
+from fusedformer.nn.linear import linear, linear_layer
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -90,19 +91,19 @@ class _Layer(torch.nn.Module):
         if name is None:
             return self.linear2(self.dropout(self.activation(self.linear1(x))))
         p = self.dropout.p if self.dropout.training else 0.0
-        bias, linear = None, self.linear1
+        bias, first = None, self.linear1
         # ReLU's derivative jumps at zero, so that the sum must not change its sign: a product that
         # is rounded to 16 bits before its bias is added can. The others are smooth.
         if (
             name != "relu"
-            and type(linear) is torch.nn.Linear
-            and not (linear._forward_hooks or linear._forward_pre_hooks)
+            and type(first) is torch.nn.Linear
+            and not (first._forward_hooks or first._forward_pre_hooks)
         ):
             # Bias, activation and dropout are one kernel, forward and backward.
-            hidden, bias = functional.linear(x, linear.weight), linear.bias
+            hidden, bias = linear(x, first.weight), first.bias
         else:
-            hidden = linear(x)
-        return self.linear2(bias_activation(hidden, bias, name, p))
+            hidden = linear_layer(first, x)
+        return linear_layer(self.linear2, bias_activation(hidden, bias, name, p))
 
 
 def _attend(
