@@ -81,7 +81,7 @@ def _pays() -> bool:
 def faster(*matrices: Tensor) -> bool:
     """Whether product() is faster than torch's own: of many rows in float32, on such a CPU."""
     many = matrices[0].shape[0] >= _LEAST_ROWS and matrices[1].numel() >= _LEAST_WEIGHTS
-    return many and all(map(_dense, matrices)) and _pays() and torch.backends.mkldnn.enabled
+    return many and all(map(_dense, matrices)) and _pays() and bool(torch.backends.mkldnn.enabled)
 
 
 def product(a: Tensor, b: Tensor, bias: "Tensor | None" = None) -> Tensor:
