@@ -12,6 +12,7 @@ from fusedformer.kernels.checks import (
     alike,
     check_dropout_p,
     check_floating,
+    check_strided,
     check_tensor,
     is_number,
     shape,
@@ -284,11 +285,17 @@ def _norm(name, x, weight, bias, eps, is_rms_norm, backend):
         if y is not None:
             return y
     _check(name, x, eps, weight=weight, bias=bias)
-    return run(
-        _DropoutAddLayerNorm,
-        x, None, weight, bias, None, 0.0, float(eps), is_rms_norm, False, x.dtype,
-        dispatch.checked(name, backend),
-    )[0]  # fmt: skip
+    try:
+        return run(
+            _DropoutAddLayerNorm,
+            x, None, weight, bias, None, 0.0, float(eps), is_rms_norm, False, x.dtype,
+            dispatch.checked(name, backend),
+        )[0]  # fmt: skip
+    except TypeError:  # the op says what is not dense, but under its own name
+        for label, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                check_strided(name, label, tensor)
+        raise
 
 
 def layer_norm(

@@ -79,7 +79,9 @@ CALLS = {
     "attention: key_lengths": lambda bad: fusedformer.attention(
         HEADS, HEADS, HEADS, key_lengths=bad(CLASSES[:2])
     ),
-    "dropout_add_layer_norm: x": lambda bad: fusedformer.layer_norm(bad(X), ROW),
+    "layer_norm: x": lambda bad: fusedformer.layer_norm(bad(X), ROW),
+    "rms_norm: weight": lambda bad: fusedformer.rms_norm(X, bad(ROW)),
+    "dropout_add_layer_norm: x": lambda bad: fusedformer.dropout_add_layer_norm(bad(X), X, ROW),
     "dropout_add_layer_norm: residual": lambda bad: fusedformer.dropout_add_layer_norm(X, bad(X)),
     "dropout: x": lambda bad: fusedformer.dropout(bad(X)),
     "bias_activation: bias": lambda bad: fusedformer.bias_activation(X, bad(ROW)),

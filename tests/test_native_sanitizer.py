@@ -19,7 +19,7 @@ BUILD = """
 import sys
 from fusedformer.kernels import native, native_build
 checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-native_build.LEVELS = dict.fromkeys(native_build.LEVELS, "-O1")
+native_build.LEVELS = native_build.PORTABLE_LEVELS  # which compile soonest
 native_build.FLAGS += checks
 native_build.LINK_FLAGS += checks
 path, error = native.library()
