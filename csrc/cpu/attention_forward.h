@@ -24,7 +24,9 @@ struct QueryState {
 };
 
 struct ForwardScratch {
-  float *keys, *values, *scores, *weights, *bias, *rows;
+  float *keys, *values;
+  float* scores;  // of a panel of queries: (BLOCK, C vectors); then their weights
+  float *bias, *rows;
   uint8_t* kept;
   QueryState states[MAX_TILES];
 
@@ -32,8 +34,7 @@ struct ForwardScratch {
     const size_t width = rounded_up(p.dim, LANES);
     keys = arena.take<float>(BLOCK * width);
     values = arena.take<float>(BLOCK * width);
-    scores = arena.take<float>(BLOCK * TILE);
-    weights = arena.take<float>(BLOCK * TILE);
+    scores = arena.take<float>(BLOCK * COLUMNS * LANES);
     bias = arena.take<float>((BLOCK + LANES) * TILE);
     rows = arena.take<float>(TILE * (width > BLOCK ? width : BLOCK));
     kept = arena.take<uint8_t>(BLOCK * TILE / 8);
@@ -97,24 +98,23 @@ void start_tile(const Attention& p, int64_t b, int64_t h, int64_t tile, ForwardS
 // the scale is applied. A function of its own, so that its loop has all registers.
 template <class Math, int C>
 FUSEDFORMER_APART void scores(const Attention& p, const float* query, StepsInRows keys, int rows,
-                              const float* bias, float* to, int v, float* maximum) {
+                              const float* bias, float* to, float* maximum) {
   const Vec scale = set(__builtin_fabsf(p.scale));
   for (int c = 0; c < C; ++c) store(maximum + c * LANES, set(-__builtin_inff()));
   each_strip<rows_of<C>()>(0, rows, [&](auto height, int row) FUSEDFORMER_LAMBDA {
     constexpr int R = decltype(height)::value;
-    const int at = row * TILE + v * LANES;
     product_tile<Math, R, C>(
-        Pack<Math>::words(p.dim), keys.from(row), query + v * LANES, TILE,
+        Pack<Math>::words(p.dim), keys.from(row), query, TILE,
         [&](Vec(&sums)[R][C]) FUSEDFORMER_LAMBDA {
           if (bias) {
             FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r)
               FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
-                sums[r][c] = fma(sums[r][c], scale, load(bias + at + r * TILE + c * LANES));
+                sums[r][c] = fma(sums[r][c], scale, load(bias + (row + r) * TILE + c * LANES));
           }
           FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
             Vec most = load(maximum + c * LANES);
             FUSEDFORMER_UNROLL for (int r = 0; r < R; ++r) {
-              store(to + at + r * TILE + c * LANES, sums[r][c]);
+              store(to + ((row + r) * C + c) * LANES, sums[r][c]);
               most = larger(sums[r][c], most);
             }
             store(maximum + c * LANES, most);
@@ -132,17 +132,15 @@ FUSEDFORMER_INLINE void store_weights(Bfloat16, float* to, Vec low, Vec high) {
 #endif
 
 // exp(factor S - maximum) for some rows; adds them up, and stores them with what dropout drops
-// being 0. The scale 1 / (1 - p) is applied to the sums at the end.
+// being 0, in place of the scores. The scale 1 / (1 - p) is applied to the sums at the end.
 template <class Math, bool DROPOUT, int C>
-FUSEDFORMER_INLINE void exponentials(int rows, const float* scores, float factor, int v,
-                                     const Vec (&maximum)[C], Vec (&sum)[C], const uint8_t* kept,
-                                     float* weights) {
+FUSEDFORMER_INLINE void exponentials(int rows, float* scores, float factor, int v,
+                                     const Vec (&maximum)[C], Vec (&sum)[C], const uint8_t* kept) {
   constexpr int PER = Math::PER_WORD;
   const Vec factors = set(factor);
   Vec part[C];
   const auto one = [&](int row, int c) FUSEDFORMER_LAMBDA {
-    const int at = row * TILE + (v + c) * LANES;
-    Vec e = Math::exp(fms(load(scores + at), factors, maximum[c]));
+    Vec e = Math::exp(fms(load(scores + (row * C + c) * LANES), factors, maximum[c]));
     part[c] = add(part[c], e);
     if constexpr (DROPOUT) e = where(lanes(kept + 8 * row, v + c), e);
     return e;
@@ -155,11 +153,11 @@ FUSEDFORMER_INLINE void exponentials(int rows, const float* scores, float factor
     for (; row + PER <= end; row += PER)
       FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
         const Vec first = one(row, c), second = PER == 2 ? one(row + 1, c) : first;
-        store_weights(Math{}, weights + row / PER * TILE + (v + c) * LANES, first, second);
+        store_weights(Math{}, scores + (row / PER * C + c) * LANES, first, second);
       }
     for (; row < end; ++row)  // the last of an odd number
       FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c)
-        store_weights(Math{}, weights + row / PER * TILE + (v + c) * LANES, one(row, c), zero());
+        store_weights(Math{}, scores + (row / PER * C + c) * LANES, one(row, c), zero());
     FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) sum[c] = add(sum[c], part[c]);
   }
 }
@@ -170,7 +168,9 @@ void attend(const Attention& p, QueryState& state, const KeyBlock& block, int ro
             const float* bias, const uint8_t* kept, ForwardScratch& s, int v) {
   const float factor = bias ? Math::UNIT : __builtin_fabsf(p.scale) * Math::UNIT;
   alignas(64) float block_maximum[TILE], rescale[TILE];
-  scores<Math, C>(p, state.query, block.keys, rows, bias, s.scores, v, block_maximum);
+  const int first = v * LANES;
+  scores<Math, C>(p, state.query + first, block.keys, rows, bias ? bias + first : nullptr, s.scores,
+                  block_maximum);
   Vec maximum[C], sum[C];
   FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
     const int at = (v + c) * LANES;
@@ -183,16 +183,15 @@ void attend(const Attention& p, QueryState& state, const KeyBlock& block, int ro
     sum[c] = zero();
   }
   if (kept)
-    exponentials<Math, true, C>(rows, s.scores, factor, v, maximum, sum, kept, s.weights);
+    exponentials<Math, true, C>(rows, s.scores, factor, v, maximum, sum, kept);
   else
-    exponentials<Math, false, C>(rows, s.scores, factor, v, maximum, sum, kept, s.weights);
+    exponentials<Math, false, C>(rows, s.scores, factor, v, maximum, sum, kept);
   FUSEDFORMER_UNROLL for (int c = 0; c < C; ++c) {
     float* at = state.sum + (v + c) * LANES;
     store(at, add(load(at), sum[c]));
   }
   product<Math, true>(p.dim, (rows + Math::PER_WORD - 1) / Math::PER_WORD, C, block.values,
-                              s.weights + v * LANES, TILE, state.out + v * LANES, TILE,
-                              rescale + v * LANES);
+                      s.scores, C * LANES, state.out + first, TILE, rescale + first);
 }
 
 template <class Math>
@@ -209,7 +208,11 @@ void attend_block(const Attention& p, int64_t b, int64_t h, QueryState& state,
     kept = s.kept;
   }
   each_panel((state.n + LANES - 1) / LANES, [&](auto width, int v) {
-    attend<Math, decltype(width)::value>(p, state, block, rows, bias, kept, s, v);
+    constexpr int C = decltype(width)::value;
+    // Under a causal mask, the panel's last query may see fewer keys than the tile's.
+    const int64_t seen = state.first + (v + C) * LANES + p.diagonal - block.first;
+    const int some = static_cast<int>(seen < rows ? seen : rows);
+    if (some > 0) attend<Math, C>(p, state, block, some, bias, kept, s, v);
   });
 }
 

@@ -23,13 +23,14 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
 inline Vec nfma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-inline Vec rounded(Vec x) {
-  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-inline Vec times_power_of_2(Vec x, Vec n) {
-  const __m256i exponent = _mm256_cvtps_epi32(_mm256_max_ps(n, set(-127)));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(x, _mm256_castsi256_ps(power));
+inline Vec eighths(Vec x, Vec& power, Vec& lacking) {
+  const Vec sum = fma(x, set(8 * LOG2E), set(WHOLE));
+  const __m256i n = _mm256_castps_si256(sum);  // in the last bits
+  const __m256i* powers = reinterpret_cast<const __m256i*>(POWERS);
+  power = _mm256_castsi256_ps(_mm256_add_epi32(
+      _mm256_permutevar8x32_epi32(_mm256_load_si256(powers), n), _mm256_slli_epi32(n, 20)));
+  lacking = _mm256_permutevar8x32_ps(_mm256_load_ps(LACKING), n);
+  return nfma(_mm256_sub_ps(sum, set(WHOLE)), set(LN2 / 8), x);
 }
 inline void pin(Vec& x) { asm("" : "+x"(x)); }
 

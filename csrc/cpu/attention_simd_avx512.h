@@ -23,10 +23,16 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
 inline Vec nfma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-inline Vec rounded(Vec x) {
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+inline Vec eighths(Vec x, Vec& power, Vec& lacking) {
+  const Vec sum = fma(x, set(8 * LOG2E), set(WHOLE));
+  const __m512i n = _mm512_castps_si512(sum);  // in the last bits
+  const __m256i* half = reinterpret_cast<const __m256i*>(POWERS);
+  const __m512i powers = _mm512_broadcast_i32x8(_mm256_load_si256(half));
+  power = _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_permutexvar_epi32(n, powers), _mm512_slli_epi32(n, 20)));
+  lacking = _mm512_permutexvar_ps(n, _mm512_broadcast_f32x8(_mm256_load_ps(LACKING)));
+  return nfma(_mm512_sub_ps(sum, set(WHOLE)), set(LN2 / 8), x);
 }
-inline Vec times_power_of_2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 inline void pin(Vec& x) { asm("" : "+v"(x)); }
 
 inline Lanes lanes(const uint8_t* bits, int vector) {

@@ -30,22 +30,18 @@ inline Vec select(Lanes yes, Vec a, Vec b) {
                                (reinterpret_cast<Lanes>(b) & ~yes));
 }
 inline Vec larger(Vec a, Vec b) { return select(a > b, a, b); }  // b where one is NaN
-// For |x| < 2^22: beyond 2^23 floats are whole, so the sum is rounded to a whole number.
-inline Vec rounded(Vec x) {
-  Vec sum = x + set(12582912.0f);
+inline Vec eighths(Vec x, Vec& power, Vec& lacking) {
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  Vec sum = x * set(8 * LOG2E) + set(WHOLE);
   asm("" : "+m"(sum));  // so that no compiler simplifies it away
-  return sum - set(12582912.0f);
-}
-inline Vec times_power_of_2(Vec x, Vec n) {
-  Vec y;
-  for (int lane = 0; lane < LANES; ++lane) {
-    const int exponent = n[lane] > -127 ? static_cast<int>(n[lane]) + 127 : 0;
-    const uint32_t bits = static_cast<uint32_t>(exponent) << 23;
-    float power;
-    __builtin_memcpy(&power, &bits, 4);
-    y[lane] = x[lane] * power;
-  }
-  return y;
+  const Vec n = sum - set(WHOLE);
+  const Bits bits = reinterpret_cast<Bits>(sum);
+  const Bits k = bits & 7;
+  const Bits powers = {POWERS[k[0]], POWERS[k[1]], POWERS[k[2]], POWERS[k[3]]};
+  lacking = Vec{LACKING[k[0]], LACKING[k[1]], LACKING[k[2]], LACKING[k[3]]};
+  power = reinterpret_cast<Vec>(powers + (bits << 20));
+  // ln 2 / 8 in two parts, as products are rounded here.
+  return x - n * set(0x1.62e4p-4f) - n * set(0x1.7f7d1cp-23f);
 }
 inline void pin(Vec&) {}
 
