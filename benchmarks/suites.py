@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from fusedformer.benchmarks import gpu_suite, op_suites
-from fusedformer.benchmarks.entries import MEMORY, OVERHEAD, RATIO, Entry, Goal
-from fusedformer.benchmarks.ops import attention, rows
+from fusedformer.benchmarks.entries import MEMORY, OVERHEAD, RATIO, TIME, Entry, Goal
+from fusedformer.benchmarks.ops import attention, models, rows
 
 Suite = Callable[[bool, str], list[Entry]]
 
@@ -80,8 +80,44 @@ def _norm(size: rows.Case, mode: str, dtype: str, at_least: float, aim: float) -
     return Entry("dropout_add_layer_norm", case, mode, goals=(Goal(RATIO, at_least, aim),))
 
 
+# --- The goals of whole models on a CPU -----------------------------------------------------------
+
+
+def cpu_models(quick: bool, device: str) -> list[Entry]:
+    """What training steps and decoding on a CPU are held to; dropout 0.1, the papers' sizes."""
+    if device != "cpu":
+        raise ValueError(f"--suite cpu-models is for a CPU; --device is {device!r}")
+    base = models.Case(1, 512, 6, 512, 8, 37000)
+    gpt2 = models.Case(1, 1024, 12, 768, 12, 50257)
+    if quick:
+        base = gpt2 = models.Case(1, 16, 1, 32, 2, 64)
+    long, decoded = (16, 8) if quick else (2048, 256)
+
+    def held(op: str, case: models.Case, at_least: float, title: str, quantity: str) -> Entry:
+        theirs = "no-cache" if op == "gpt_decode" else "torch"
+        title = "" if quick else f"{title}, {case.dtype}"  # other sizes are not those models
+        goals = () if quick else (Goal(RATIO, at_least),)
+        return Entry(op, case, models.STEP, title, ("fused", theirs), "", quantity, goals)
+
+    entries = []
+    for dtype, at_512, at_1024, gpt in (("fp32", 1.6, 2.5, 1.6), ("bf16", 3, 5, 3)):
+        for case, goal in ((base, at_512), (base.at(seq=2 * base.seq), at_1024)):
+            title = f"Transformer-base, training step, N = {case.seq}"
+            entries.append(held("transformer_step", case.at(dtype=dtype), goal, title, TIME))
+        title = f"GPT-2 small, forward+backward, N = {gpt2.seq}"
+        entries.append(held("gpt_step", gpt2.at(dtype=dtype), gpt, title, TIME))
+        title = f"Transformer-base, training step, memory, N = {long}"
+        case = base.at(seq=long, dtype=dtype)
+        entries.append(held("transformer_step", case, 3, title, MEMORY))
+    for dtype in ("fp32", "bf16"):
+        title = f"GPT-2 small, {decoded} tokens decoded"
+        entries.append(held("gpt_decode", gpt2.at(seq=decoded, dtype=dtype), 10, title, TIME))
+    return entries
+
+
 SUITES: dict[str, Suite] = {
     "cpu": cpu,
+    "cpu-models": cpu_models,
     "gpu": gpu_suite.suite,
     "attention": op_suites.attention_suite,
     "rows": op_suites.rows_suite,

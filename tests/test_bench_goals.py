@@ -130,3 +130,14 @@ def test_the_cpu_suite_has_every_goal():
     assert not any(entry.goals for entry in suites.SUITES["cpu"](True, "cpu"))
     with pytest.raises(ValueError, match="--suite cpu is for a CPU"):
         suites.SUITES["cpu"](False, "cuda")
+
+
+def test_the_models_suite_of_a_cpu_has_every_goal():
+    asked = suites.SUITES["cpu-models"](False, "cpu")
+    goals = {entry.title: entry.goals[0].at_least for entry in asked}
+    assert len(goals) == len(asked) == 4 + 2 + 2 + 2
+    assert goals["Transformer-base, training step, N = 1024, bf16"] == 5
+    assert all(entry.case.dropout == 0.1 and len(entry.impls) == 2 for entry in asked)
+    assert not any(entry.goals for entry in suites.SUITES["cpu-models"](True, "cpu"))
+    with pytest.raises(ValueError, match="--suite cpu-models is for a CPU"):
+        suites.SUITES["cpu-models"](False, "cuda")
