@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fusedformer.kernels import dispatch
 
@@ -30,12 +29,8 @@ def linear_in_training(x: Tensor, weight: Tensor, bias: "Tensor | None") -> "Ten
         bias: (N,).
     """
     if (
-        torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-        or not dispatch.unobserved((x, weight, bias))
-        or torch.is_autocast_enabled("cpu")
-        or forward_ad._current_level >= 0
-        or dispatch.checked("linear", None) not in (dispatch.AUTOMATIC, "cpu")
+        not torch.is_grad_enabled()
+        or not dispatch.alone_on_cpu((x, weight) if bias is None else (x, weight, bias))
         or not (_fit(x, weight, bias) and _pays() and torch.backends.mkldnn.enabled)
     ):
         return None
@@ -86,6 +81,8 @@ def faster(*matrices: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor, bias: "Tensor | None" = None) -> Tensor:
     """a b^T + bias, of matrices, without derivatives."""
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()  # oneDNN refuses one whose rows overlap
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
@@ -96,7 +93,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: "Tensor | None") -> Tensor:
         ctx.save_for_backward(x, weight)
         y = product(x.reshape(-1, x.shape[-1]), weight, bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        # A view of torch's would not let its user write into it.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> "tuple[Tensor | None, ...]":

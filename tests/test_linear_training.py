@@ -43,6 +43,7 @@ LAYOUTS = {
     "transposed": lambda: torch.randn(2, 300, 70).transpose(1, 2),
     "cut": lambda: torch.randn(2, 70, 303)[..., :300],
     "expanded": lambda: torch.randn(1, 70, 300).expand(2, -1, -1),
+    "overlapping": lambda: torch.randn(1000).unfold(0, 300, 10),
 }
 
 
@@ -75,16 +76,31 @@ def test_only_what_is_wanted(which):
     assert [t.grad is not None for t in tensors] == [index == which for index in range(3)]
 
 
+@pytest.mark.parametrize("shape", [(70, 300), (2, 70, 300)])
+def test_the_result_may_be_written_into(shape):
+    tensors = leaves(shape, (257, 300), (257,))
+    y = linear(*tensors)
+    wanted = y.relu(), *torch.autograd.grad(y.relu().sum(), tensors)
+    y = linear(*tensors).relu_()
+    found = y, *torch.autograd.grad(y.sum(), tensors)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 def test_second_derivatives():
     tensors = leaves((70, 300), (257, 300), (257,))
-    found = []
-    for function in (linear, functional.linear):
-        grads = torch.autograd.grad(
-            function(*tensors).pow(3).sum(), tensors, create_graph=True
-        )
-        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), tensors[:2]))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2 * float(other.abs().max()))
+
+    def run(function, dtype):
+        copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        grads = torch.autograd.grad(function(*copies).square().sum(), copies, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), copies)
+
+    results = (
+        run(linear, torch.float32),
+        run(functional.linear, torch.float32),
+        run(functional.linear, torch.float64),
+    )
+    for name, *one in zip(("x", "weight", "bias"), *results, strict=True):
+        assert_within_bound(name, *one)
 
 
 def taken(x, weight, bias=None):
@@ -138,6 +154,9 @@ def test_errors_are_torch_s():
         linear(x, weight, bias)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(x[:, :30], weight)
+    for args, named in (((None, weight), "input"), ((x, None), "weight"), ((x, weight, 1), "bias")):
+        with pytest.raises(TypeError, match=f"argument '{named}' .* must be Tensor"):
+            linear(*args)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "every other", "expanded"])
