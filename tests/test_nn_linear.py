@@ -16,6 +16,7 @@ from fusedformer import GPT, GPTConfig, generate
 from fusedformer.kernels.linear import _native, linear_of_few_rows
 from fusedformer.nn import linear as module
 from fusedformer.nn.linear import linear, linear_layer
+from fusedformer.transformer.layers import FeedForward
 
 has_kernel = pytest.mark.skipif(
     "cpu" not in ROW_BACKENDS or _native() is None, reason="there is no kernel here, or a GPU"
@@ -175,7 +176,27 @@ def test_a_layer_that_is_more_than_its_weights_is_called():
         linear_layer(layer, x)
         layer.register_forward_hook(lambda *args: seen.append(args))
         assert torch.equal(linear_layer(layer, x), layer(x))
+        layer = nn.Linear(600, 500)
+        layer.forward = lambda x: x
+        assert torch.equal(linear_layer(layer, x), x)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_every_linear_layer_of_a_block_are_called(kind):
+    blocks = [
+        fusedformer.nn.TransformerEncoderLayer(8, 2, 8, activation="gelu"),
+        FeedForward(8, 8, "gelu"),
+        FeedForward(8, 8, "relu"),
+    ]
+    called = []
+    for block in blocks:
+        layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            getattr(layer, f"register_{kind}_hook")(lambda module, *_: called.append(module))
+        block(torch.randn(3, 2, 8, requires_grad=True)).sum().backward()
+        assert sorted(map(id, called)) == sorted(map(id, layers))
+        called.clear()
 
 
 def model(**sizes) -> GPT:

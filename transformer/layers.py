@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusedformer.kernels.activation import ACTIVATIONS, bias_activation
 from fusedformer.kernels.checks import shape
 from fusedformer.kernels.linear_cross_entropy import linear_cross_entropy
-from fusedformer.nn.linear import linear, linear_layer
+from fusedformer.nn.linear import is_plain, linear, linear_layer
 
 
 def check_activation(name: str, activation: str) -> None:
@@ -28,8 +28,8 @@ def linear_activation(
     layer: nn.Linear, x: Tensor, activation: str, dropout_p: float = 0.0
 ) -> Tensor:
     """dropout(activation(layer(x))); bias, activation and dropout are one kernel."""
-    if activation == "relu":
-        # Its derivative jumps where the sum changes its sign, as a product that is rounded to
+    if activation == "relu" or not is_plain(layer):
+        # ReLU's derivative jumps where the sum changes its sign, as a product that is rounded to
         # 16 bits before the bias is added can make it do.
         return bias_activation(linear_layer(layer, x), None, activation, dropout_p)
     product = linear(x, layer.weight)

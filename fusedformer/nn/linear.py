@@ -29,13 +29,17 @@ def linear(x: Tensor, weight: Tensor, bias: "Tensor | None" = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is functional.linear() of its parameters, and nobody looks on."""
+    return (
+        type(layer).forward is nn.Linear.forward
+        and "forward" not in layer.__dict__  # as tools that wrap a layer put there
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
+
+
 def linear_layer(layer: nn.Linear, x: Tensor) -> Tensor:
     """layer(x) by linear(), unless the layer is of another kind or its call has hooks."""
-    if (
-        type(layer).forward is not nn.Linear.forward
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or _has_any_global_hook()
-    ):
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
+    return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from fusedformer.kernels.activation import bias_activation
 from fusedformer.nn.attention import MultiheadAttention
 from fusedformer.nn.layers import Dropout, DropoutAddLayerNorm, LayerNorm
-from fusedformer.nn.linear import linear, linear_layer
+from fusedformer.nn.linear import is_plain, linear, linear_layer
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -94,11 +94,7 @@ class _Layer(torch.nn.Module):
         bias, first = None, self.linear1
         # ReLU's derivative jumps at zero, so that the sum must not change its sign: a product that
         # is rounded to 16 bits before its bias is added can. The others are smooth.
-        if (
-            name != "relu"
-            and type(first) is torch.nn.Linear
-            and not (first._forward_hooks or first._forward_pre_hooks)
-        ):
+        if name != "relu" and is_plain(first):
             # Bias, activation and dropout are one kernel, forward and backward.
             hidden, bias = linear(x, first.weight), first.bias
         else:
