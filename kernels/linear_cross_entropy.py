@@ -52,7 +52,11 @@ def chunk_tokens(tokens: int, classes: int, itemsize: int) -> int:
 def _chunks(
     x: Tensor, linear_weight: Tensor, linear_bias: "Tensor | None"
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk's place among the tokens, and its logits: the same memory for all of them."""
+    """Each chunk's place among the tokens, and its logits.
+
+    These are the same memory for all of them, or fresh: so that no two chunks' logits are there at
+    once, the caller lets go of them before it asks for the next.
+    """
     tokens, classes = x.shape[0], linear_weight.shape[0]
     length = chunk_tokens(tokens, classes, x.element_size())
     # Rows start on 128 bytes whatever the number of classes, for matmul and kernels alike.
@@ -151,6 +155,7 @@ def _fwd(
             if any(wanted):
                 ones = one.expand(logits.shape[0])
                 gradients.add(part, module.cross_entropy_bwd(ones, results[2], *args, True))
+            del logits, args
     grad_input = gradients.input.view(input.shape) if wanted[0] else gradients.input
     return (
         losses.view(target.shape), row_weights.view(target.shape), lse.view(target.shape),
@@ -184,6 +189,7 @@ def _bwd(
             args = (logits, targets[part], weight, ignore_index, smoothing)
             module = dispatch.pick("cross_entropy", backend, args)
             gradients.add(part, module.cross_entropy_bwd(grad_losses[part], lse[part], *args, True))
+            del logits, args
     grad_input = gradients.input.view(input.shape) if wanted[0] else gradients.input
     return grad_input, gradients.weight.to(x.dtype), gradients.bias.to(x.dtype)
 

@@ -1,5 +1,7 @@
 """Linear layers in training, through oneDNN: numbers, derivatives, and where torch computes."""
 
+import weakref
+
 import pytest
 import torch
 from bounds import assert_within_bound
@@ -157,6 +159,26 @@ def test_errors_are_torch_s():
     for args, named in (((None, weight), "input"), ((x, None), "weight"), ((x, weight, 1), "bias")):
         with pytest.raises(TypeError, match=f"argument '{named}' .* must be Tensor"):
             linear(*args)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_holds_the_logits_of_one_chunk(reduction, monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_TOKENS", 70)
+    made, held = [], []
+
+    def observed(*args):
+        held.append(sum(one() is not None for one in made))
+        result = product(*args)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(linear_cross_entropy, "product", observed)
+    x, weight = leaves((210, 300), (257, 300))
+    x.requires_grad_(False)  # so that all products are logits
+    target = torch.randint(257, (210,))
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, target, reduction=reduction)
+    loss.sum().backward()
+    assert held == [0] * (3 if reduction == "mean" else 6)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "every other", "expanded"])
