@@ -56,9 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--dropout", metavar="P,...", help="probabilities (0; of ops that are all about it, 0.1)"
     )
-    size.add_argument("--causal", default="no", help="yes, no or both (no)")
+    size.add_argument("--causal", help="yes, no or both (no)")
     size.add_argument("--padded", action="store_true", help="sequences of unequal lengths")
-    size.add_argument("--isa", default="", help="hold a CPU to it, both sides: avx2")
+    size.add_argument("--isa", help="hold a CPU to it, both sides: avx2")
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     how.add_argument("--seconds", default="5", help="of rounds for each problem (5)")
@@ -169,6 +169,10 @@ def _narrowed(
 
 
 def _of_suites(args: argparse.Namespace, device: str) -> list[Entry]:
+    for name in (*SIZES, "mode", "dtype", "dropout", "causal", "padded", "isa"):
+        if getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} goes with --op alone; suites have theirs")
     default = "gpu" if device == "cuda" else "cpu"
     names = _listed("--suite", args.suite or default, tuple(suites.SUITES))
     return [entry for name in names for entry in suites.SUITES[name](args.quick, device)]
@@ -193,9 +197,9 @@ def _of_ops(args: argparse.Namespace, device: str) -> list[Entry]:
         return probabilities("--dropout", args.dropout or ("0.1" if op in DROPOUT_OPS else "0"))
 
     causal = {"yes": (True,), "no": (False,), "both": (False, True)}[
-        choice("--causal", args.causal, ("yes", "no", "both"))
+        choice("--causal", args.causal or "no", ("yes", "no", "both"))
     ]
-    isa = choice("--isa", args.isa, ("", *ISA_ENVIRONMENT))
+    isa = choice("--isa", args.isa or "", ("", *ISA_ENVIRONMENT))
     cases: dict[type, Callable[[str], list]] = {
         attention.Case: lambda op: [
             attention.Case(b, h, n, d, dtype, c, p, device, kv, args.padded)

@@ -273,6 +273,8 @@ def test_list(capsys, monkeypatch):
     [
         (["--op=attentoin"], "--op got 'attentoin'; it wants one of attention"),
         (["--suite=cpu", "--op=attention"], "--suite and --op both"),
+        (["--seq=12"], "--seq goes with --op alone"),
+        (["--suite=rows", "--kv-heads=2"], "--kv-heads goes with --op alone"),
         (["--suite=nosuch"], "--suite got 'nosuch'"),
         (["--op=attention", "--mode=forward"], "--mode got 'forward'"),
         (["--only=sdpa,best"], "--only got 'best'"),
