@@ -207,7 +207,7 @@ def _checked_mask(name: str, label: str, mask: Tensor, query: Tensor, key: Tenso
     return mask[(None,) * (4 - mask.dim())]
 
 
-def checked_lengths(name: str, key_lengths: Tensor, query: Tensor, limit: int) -> Tensor:
+def checked_lengths(name: str, key_lengths: Tensor, query: Tensor) -> Tensor:
     """key_lengths as the op takes them; their values are check_length_values()'s."""
     check_tensor(name, "key_lengths", key_lengths, like=query, like_label="query", same_dtype=False)
     check_strided(name, "key_lengths", key_lengths)
@@ -219,7 +219,7 @@ def checked_lengths(name: str, key_lengths: Tensor, query: Tensor, limit: int) -
             f"got {shape(key_lengths)}"
         )
     if key_lengths.dtype == torch.int64:  # so that no bad length wraps into a good one
-        key_lengths = key_lengths.clamp(-1, limit + 1)
+        key_lengths = key_lengths.clamp(-(2**30), 2**30)
     return key_lengths.to(torch.int32).contiguous()
 
 
@@ -260,7 +260,7 @@ def checked_attention(
     if mask is not None:
         mask = _checked_mask(name, mask_name, mask, query, key)
     if key_lengths is not None:
-        key_lengths = checked_lengths(name, key_lengths, query, key.shape[2])
+        key_lengths = checked_lengths(name, key_lengths, query)
     scale = query.shape[3] ** -0.5 if scale is None else checked_scale(name, scale)
     if seed is not None:
         rng.check_seed(name, seed, query.device)

@@ -34,6 +34,7 @@ BAD = [
     ({"key_lengths": torch.tensor([1.0, 2.0])}, TypeError, "key_lengths must be int32 or int64"),
     ({"key_lengths": torch.tensor([1])}, ValueError, r"key_lengths must be \(2,\).*got \(1,\)"),
     ({"key_lengths": torch.tensor([1, 6])}, ValueError, r"key_lengths.* 0 and .*, 5; .*1 to 6"),
+    ({"key_lengths": torch.tensor([1, 200])}, ValueError, "got values from 1 to 200"),
     ({"key_lengths": torch.tensor([1, 2**32 + 3])}, ValueError, "key_lengths must be between 0"),
     ({"query": [1.0], "causal": True}, TypeError, "query must be a tensor; got list"),
     ({"key": None, "causal": True}, TypeError, "key must be a tensor; got NoneType"),

@@ -263,7 +263,7 @@ def ring_attention(
     """
     name = "ring_attention"
     query, key, value = checked(name, query, key, value, causal, dropout_p)
-    group, _, size = members(group)
+    group, *_ = members(group)
     multiple = (16 if dropout_p > 0 else 1) * (1 + zigzag)
     for label, tensor in (("query", query), ("key and value", key)):
         if tensor.shape[2] % multiple:
@@ -273,7 +273,7 @@ def ring_attention(
                 f"{multiple}; got {tensor.shape[2]}"
             )
     if key_lengths is not None:
-        key_lengths = checked_lengths(name, key_lengths, query, size * key.shape[2])
+        key_lengths = checked_lengths(name, key_lengths, query)
     scale = query.shape[3] ** -0.5 if scale is None else checked_scale(name, scale)
     seed = common_seed(name, seed, query.device, group) if dropout_p > 0 else None
     pair = torch.stack((key, value))  # (2, B, Hkv, Nk, D), which travels as one
