@@ -332,7 +332,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="compute capabilities, such as 80 90 (default: all)",
     )  # fmt: skip
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds TEXT")
-    parser.add_argument("--quick", action="store_true", help="the few cases that CI compiles")
+    parser.add_argument("--quick", action="store_true", help="the few cases that the tests compile")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", metavar="FILE", help="write the reports there as JSON")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
