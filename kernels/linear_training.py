@@ -102,8 +102,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> "tuple[Tensor | None, ...]":
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        # oneDNN's products have no derivatives: those that are wanted again are torch's.
-        multiply = (lambda a, b: a @ b.t()) if torch.is_grad_enabled() else product
+        # oneDNN's products have no derivatives, and nothing that looks on knows them.
+        alone = dispatch.unobserved_backward((grad, None, x, weight))
+        torchs = torch.is_grad_enabled() or not alone
+        multiply = (lambda a, b: a @ b.t()) if torchs else product
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         return (
             multiply(grads, weight.t()).view(x.shape) if of_x else None,

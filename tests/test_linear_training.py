@@ -150,6 +150,24 @@ def test_functional_transforms_and_compilers_do_not_see_it():
     torch.testing.assert_close(torch.autograd.grad(compiled(weight), weight)[0], expected)
 
 
+def test_what_looks_on_at_the_backward_alone_sees_torchs_products():
+    tensors = leaves((70, 300), (257, 300), (257,))
+    ones = torch.ones(70, 257)
+    eager, truth = (plain(tensors, ones, dtype) for dtype in (torch.float32, torch.float64))
+    counts = []
+    for function in (linear, functional.linear):
+        y = function(*tensors)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(y, tensors, ones, retain_graph=True)
+        counts.append(counter.get_total_flops())
+        both = torch.stack([ones, torch.zeros_like(ones)])
+        batch = torch.autograd.grad(y, tensors, both, is_grads_batched=True)
+        for (one, zero), other, true in zip(batch, eager[1:], truth[1:], strict=True):
+            assert_within_bound("a gradient of a batch", one, other, true)
+            assert not zero.any()
+    assert counts[0] == counts[1] == 2 * 2 * 70 * 257 * 300
+
+
 def test_errors_are_torch_s():
     x, weight, bias = leaves((70, 300), (257, 300), (5,))
     with pytest.raises(RuntimeError, match="size"):
