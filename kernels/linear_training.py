@@ -18,6 +18,9 @@ from fusedformer.kernels import dispatch
 # 256 x 256 weights 1.1 times the speed of MKL's, with 512 x 512 1.7, from 512 rows on 2.1 times.
 _LEAST_WEIGHTS = 2**16
 _LEAST_ROWS = 64
+# oneDNN adds up all terms in one sum, MKL in several: of more than this, its error can be more than
+# twice MKL's (docs/notes.md), and MKL's product is taken.
+_MOST_TERMS = 1024
 
 
 def linear_in_training(x: Tensor, weight: Tensor, bias: "Tensor | None") -> "Tensor | None":
@@ -75,12 +78,15 @@ def _pays() -> bool:
 
 def faster(*matrices: Tensor) -> bool:
     """Whether product() is faster than torch's own: of many rows in float32, on such a CPU."""
-    many = matrices[0].shape[0] >= _LEAST_ROWS and matrices[1].numel() >= _LEAST_WEIGHTS
-    return many and all(map(_dense, matrices)) and _pays() and bool(torch.backends.mkldnn.enabled)
+    rows, terms = matrices[0].shape
+    fit = rows >= _LEAST_ROWS and matrices[1].numel() >= _LEAST_WEIGHTS and terms <= _MOST_TERMS
+    return fit and all(map(_dense, matrices)) and _pays() and bool(torch.backends.mkldnn.enabled)
 
 
 def product(a: Tensor, b: Tensor, bias: "Tensor | None" = None) -> Tensor:
     """a b^T + bias, of matrices, without derivatives."""
+    if a.shape[1] > _MOST_TERMS:
+        return torch.nn.functional.linear(a, b, bias)
     if not (b.is_contiguous() or b.t().is_contiguous()):
         # oneDNN refuses rows that overlap; where there is something between them, as in a chunk of
         # a wider matrix, it takes a thousand times as long.

@@ -78,6 +78,19 @@ def test_only_what_is_wanted(which):
     assert [t.grad is not None for t in tensors] == [index == which for index in range(3)]
 
 
+@pytest.mark.parametrize("terms", [768, 1024, 2048, 4096])
+def test_long_sums(terms):
+    """Of the result, and then of input's gradient, and of the weight's."""
+    for rows, width, columns in ((128, terms, 64), (128, 64, terms), (terms, 64, 1024)):
+        tensors = leaves((rows, width), (columns, width))
+        grad = torch.randn(rows, columns)
+        y = linear(*tensors, None)
+        found = (y, *torch.autograd.grad(y, tensors, grad))
+        eager, truth = (plain(tensors, grad, dtype) for dtype in (torch.float32, torch.float64))
+        for one in zip(found, eager, truth, strict=True):
+            assert_within_bound(f"{rows} {width} {columns}", *one)
+
+
 @pytest.mark.parametrize("shape", [(70, 300), (2, 70, 300)])
 def test_the_result_may_be_written_into(shape):
     tensors = leaves(shape, (257, 300), (257,))
