@@ -21,8 +21,8 @@ struct Float32 {
 
   // e^x for x <= 0 or little more; NaN for NaN. As 2^(n/8) e^r: what bounds it is how many
   // instructions it has, and a table spares two terms of e^r and the steps that make a power of 2.
-  // The largest error is 0.6 ulp for x from -1 on and 1 from -10 on; from there it grows with -x, as
-  // ln 2 is rounded, to 4.5, where the rounding of x itself makes ten times as much.
+  // The largest error is 0.6 ulp for x from -1 on and 1 from -10 on; from there it grows with -x,
+  // as ln 2 is rounded, to 4.5, where the rounding of x itself makes ten times as much.
   static FUSEDFORMER_INLINE Vec exp(Vec x) {
     x = larger(set(-127 * LN2), x);
     Vec power, lacking;
