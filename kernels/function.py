@@ -68,13 +68,60 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+class _Context:
+    """A backward's context, whose saved tensors are unpacked once: checkpointing allows no more."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+class _Once(torch.autograd.Function):
+    """A backward's results, with all that they depend on; no gradient goes through."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Any) -> Any:
+        # Views of torch's would not let their user write into them.
+        alike = torch.ops.aten._unsafe_view
+        return tuple(None if x is None else alike(x, x.shape) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "fusedformer's ops can be differentiated once, not twice (@once_differentiable): for "
+            "second derivatives use PyTorch's own function"
+        )
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's, which where gradients are off already, as they mostly are, has nothing to do."""
+    """A backward whose results raise where a gradient of them is wanted.
+
+    torch's decorator does not see to that where the upstream gradient needs none, as that of a
+    loss: its results then count as constants, and a Hessian silently lacks them. Its error leads to
+    no input, either, so that torch.autograd.grad() goes past it. Compilers know torch's alone.
+    """
     guarded = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def run_backward(ctx: Any, *grads: Any) -> Any:
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        if torch.compiler.is_compiling():
+            return guarded(ctx, *grads)
+        context = _Context(ctx)
+        with torch.no_grad():
+            found = backward(context, *grads)
+        found = found if isinstance(found, tuple) else (found,)
+        return _Once.apply(len(found), *found, *grads, *context.saved_tensors)
 
     return run_backward
 

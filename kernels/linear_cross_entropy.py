@@ -281,7 +281,8 @@ class _LinearCrossEntropy(Function):
             ctx.save_for_backward(output[2], *tensors)
         else:
             ctx.dtype = inputs[0].dtype
-            ctx.save_for_backward(output[1], *output[3:])
+            # The inputs for once_differentiable() alone: the gradients depend on them.
+            ctx.save_for_backward(output[1], *output[3:], *tensors[:3])
 
     @staticmethod
     @once_differentiable
@@ -295,7 +296,7 @@ class _LinearCrossEntropy(Function):
                 ctx.backend,
             )  # fmt: skip
         else:
-            divisor, *grads = ctx.saved_tensors
+            divisor, *grads = ctx.saved_tensors[:4]
             # Where every target is ignored, the loss is 0 / 0, but no gradient is.
             scale = torch.where(divisor == 0, 0.0, grad_loss / divisor)
             grads = [_call_scaled(grad, scale, ctx.dtype) for grad in grads]

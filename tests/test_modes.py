@@ -251,12 +251,29 @@ def test_forward_mode_raises(name):
         module(forward_ad.make_dual(inputs[0], tangent), *inputs[1:])
 
 
-def test_a_second_derivative_raises():
-    x = torch.randn(5, 8, requires_grad=True)
-    y = fusedformer.layer_norm(x)
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"dropout", "Dropout"}))  # these are linear
+def test_second_derivatives_raise(name):
+    """Of a loss, too, whose upstream gradient needs none: a Hessian would silently lack the op."""
+    module, inputs = make(name)
+    x = inputs[0].requires_grad_()
+
+    def loss(x):
+        out = module(x, *inputs[1:])
+        return (out[0] if isinstance(out, tuple) else out).sum()
+
+    torch.manual_seed(1)
+    (wanted,) = torch.autograd.grad(loss(x), x)
+    torch.manual_seed(1)
+    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    assert torch.equal(grad, wanted)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad((grad * wanted).sum() + x.sum(), x, retain_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+    grad.mul_(2)  # as who clips gradients does
+    assert torch.equal(grad, 2 * wanted)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x.detach())
 
 
 # --- Counting -------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fusedformer.integrations.sequence import checked, common_seed, members, parts
@@ -26,7 +25,7 @@ from fusedformer.kernels import dispatch, flops
 from fusedformer.kernels.attention import check_length_values, checked_lengths
 from fusedformer.kernels.checks import checked_scale
 from fusedformer.kernels.dtensor import group_named
-from fusedformer.kernels.function import Function, run
+from fusedformer.kernels.function import Function, once_differentiable, run
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fusedformer.integrations.sequence import checked, common_seed, members
 from fusedformer.kernels.attention import attention
+from fusedformer.kernels.function import once_differentiable
 
 
 class _Exchange(torch.autograd.Function):
