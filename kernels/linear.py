@@ -48,22 +48,30 @@ def _native() -> "ModuleType | None":
 
 
 def _fit(x: Tensor, weight: Tensor, bias: "Tensor | None") -> bool:
-    if not (_dense(x) and _dense(weight) and weight.dim() == 2 and weight.is_contiguous()):
+    return (
+        is_layer(x, weight, bias)
+        and weight.numel() >= _LEAST_WEIGHTS
+        and 0 < x.numel() <= _MOST_ROWS * weight.shape[1]
+        and x.dtype in _DTYPES
+    )
+
+
+def is_layer(x: Tensor, weight: Tensor, bias: "Tensor | None") -> bool:
+    """Whether the shapes are a linear layer's, of dense tensors of one dtype on the CPU."""
+    if not (is_dense(x) and is_dense(weight) and weight.dim() == 2 and weight.is_contiguous()):
         return False
     columns, width = weight.shape
     return (
-        columns * width >= _LEAST_WEIGHTS
-        and x.dim() > 0
+        x.dim() > 0
         and x.shape[-1] == width
-        and 0 < x.numel() <= _MOST_ROWS * width
         and x.dtype == weight.dtype
-        and x.dtype in _DTYPES
         and (
             bias is None
-            or (_dense(bias) and bias.dtype == x.dtype and tuple(bias.shape) == (columns,))
+            or (is_dense(bias) and bias.dtype == x.dtype and tuple(bias.shape) == (columns,))
         )
     )
 
 
-def _dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it is a plain matrix, say, in the CPU's memory."""
     return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested

@@ -1,8 +1,8 @@
 """Linear layers in float32 on a CPU, in training, by the faster of torch's two libraries.
 
 torch's float32 products are MKL's, which leaves AVX-512 to Intel's processors; on others the
-products of oneDNN, which torch holds as well, are twice as fast. No op of its own: it is taken
-where nothing but the numbers can be seen.
+products of oneDNN, which torch holds as well, are faster (docs/notes.md). No op of its own: it is
+taken where nothing but the numbers can be seen.
 """
 
 import functools
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedformer.kernels import dispatch
+from fusedformer.kernels.linear import is_dense, is_layer
 
 # Measured on two cores of an AMD EPYC with AVX-512, the three products of a layer: with 64 rows and
 # 256 x 256 weights 1.1 times the speed of MKL's, with 512 x 512 1.7, from 512 rows on 2.1 times.
@@ -41,22 +42,13 @@ def linear_in_training(x: Tensor, weight: Tensor, bias: "Tensor | None") -> "Ten
 
 
 def _fit(x: Tensor, weight: Tensor, bias: "Tensor | None") -> bool:
-    if not (_dense(x) and _dense(weight) and weight.dim() == 2 and weight.is_contiguous()):
-        return False
-    columns, width = weight.shape
     return (
-        columns * width >= _LEAST_WEIGHTS
-        and x.dim() > 0
-        and x.shape[-1] == width
-        and x.numel() >= _LEAST_ROWS * width
+        is_layer(x, weight, bias)
+        and x.dtype == torch.float32
+        and weight.numel() >= _LEAST_WEIGHTS
+        and x.numel() >= _LEAST_ROWS * weight.shape[1]
         and (x.requires_grad or weight.requires_grad)
-        and (bias is None or (_dense(bias) and tuple(bias.shape) == (columns,)))
     )
-
-
-def _dense(tensor: Tensor) -> bool:
-    plain = tensor.layout is torch.strided and not tensor.is_nested
-    return plain and tensor.is_cpu and tensor.dtype == torch.float32
 
 
 @functools.cache
@@ -80,7 +72,8 @@ def faster(*matrices: Tensor) -> bool:
     """Whether product() is faster than torch's own: of many rows in float32, on such a CPU."""
     rows, terms = matrices[0].shape
     fit = rows >= _LEAST_ROWS and matrices[1].numel() >= _LEAST_WEIGHTS and terms <= _MOST_TERMS
-    return fit and all(map(_dense, matrices)) and _pays() and bool(torch.backends.mkldnn.enabled)
+    alike = all(is_dense(matrix) and matrix.dtype == torch.float32 for matrix in matrices)
+    return fit and alike and _pays() and bool(torch.backends.mkldnn.enabled)
 
 
 def product(a: Tensor, b: Tensor, bias: "Tensor | None" = None) -> Tensor:

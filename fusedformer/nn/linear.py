@@ -2,10 +2,13 @@
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from fusedformer.kernels.linear import linear_of_few_rows
 from fusedformer.kernels.linear_training import linear_in_training
+
+# Private; where it is no more, there may always be a hook.
+_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)
 
 
 def linear(x: Tensor, weight: Tensor, bias: "Tensor | None" = None) -> Tensor:
@@ -36,7 +39,7 @@ def is_plain(layer: nn.Module) -> bool:
         and "forward" not in layer.__dict__  # as tools that wrap a layer put there
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
-        and not _has_any_global_hook()
+        and not _any_global_hook()
     )
 
 
