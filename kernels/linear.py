@@ -73,5 +73,5 @@ def is_layer(x: Tensor, weight: Tensor, bias: "Tensor | None") -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether it is a plain matrix, say, in the CPU's memory."""
+    """Whether its elements lie in the CPU's memory, by strides."""
     return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested
